@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Sets the machine up, then runs the command that follows in what it set up.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: ./requirements.sh [--dev] [--venv DIR] [COMMAND ...]
+
+  ./requirements.sh                          set up only
+  ./requirements.sh python enginerun.py      set up, then segment the bundled photo
+  ./requirements.sh --dev pytest             set up with the test tools, then run the tests
+
+In NVIDIA's NGC PyTorch container the container's own Python is used and nothing that is there is replaced. Elsewhere
+a virtual environment is made in .venv (or DIR): with CUDA builds and TensorRT where nvidia-smi answers, else for the
+CPU. PYTHON names the interpreter to start from (default: python3). A second run finds everything and costs a second.
+TEXT
+}
+
+root=$(cd "$(dirname "$0")" && pwd)
+venv="$root/.venv"
+dev=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dev) dev=1; shift ;;
+    --venv)
+      if [ $# -lt 2 ]; then echo "error: --venv needs a folder" >&2; exit 2; fi
+      venv=$2; shift 2 ;;
+    -*) echo "error: unknown option $1: see ./requirements.sh --help" >&2; exit 2 ;;
+    *) break ;;
+  esac
+done
+python=${PYTHON:-python3}
+if ! command -v "$python" > /dev/null; then
+  echo "error: $python is not there: install Python 3.10 to 3.13 or name it with PYTHON=" >&2
+  exit 2
+fi
+
+files=(-r "$root/requirements.txt")
+if [ "$dev" = 1 ]; then files+=(-r "$root/requirements-dev.txt"); fi
+stamp_of() { cat "$root"/requirements*.txt "$root/requirements.sh" | sha256sum | cut -c1-16; }
+
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+ngc() {
+  # The container's torch and TensorRT are built for each other: every package that is there is held where it is.
+  local held kept=()
+  held=$(mktemp)
+  trap 'rm -f "$held"' RETURN
+  "$python" -m pip list --format=freeze 2> /dev/null | grep -E '^[A-Za-z0-9._-]+==[^ ]+$' > "$held"
+  if ! has onnxruntime; then kept+=("onnxruntime-gpu>=1.19,<2"); fi
+  if ! has pycuda; then kept+=("pycuda>=2024.1"); fi
+  local wanted
+  wanted=$(mktemp)
+  if has cv2; then grep -v '^opencv' "$root/requirements.txt" > "$wanted"; else cp "$root/requirements.txt" "$wanted"; fi
+  files[1]=$wanted
+  PIP_CONSTRAINT='' "$python" -m pip install -q -c "$held" "${files[@]}" "${kept[@]}"
+  rm -f "$wanted"
+}
+
+plain() {
+  # torch 2.14.1 and torchvision 0.29.1 belong together and are what the tests ran with.
+  local torch=(torch==2.14.1 torchvision==0.29.1) more=() index=()
+  if [ ! -x "$venv/bin/python" ]; then "$python" -m venv "$venv"; fi
+  python="$venv/bin/python"
+  if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
+    # TensorRT 10 and 11 share the calls used here; pycuda compiles against the CUDA toolkit.
+    more=("onnxruntime-gpu>=1.19,<2" "tensorrt>=10.0,<12" "pycuda>=2024.1")
+  else
+    more=("onnxruntime>=1.19,<2")
+    # PyTorch's own index has builds without CUDA, a tenth of the size. Where it does not answer, PyPI's serve as well.
+    if command -v curl > /dev/null && curl -sfIo /dev/null --max-time 5 https://download.pytorch.org/whl/cpu/torch/; then
+      index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+  fi
+  "$python" -m pip install -q "${index[@]}" "${torch[@]}" "${files[@]}" "${more[@]}"
+  # Type stubs of TensorRT 10 for the tests; alone, since they ask for the library itself. They would hide a real one.
+  if [ "$dev" = 1 ] && ! has tensorrt_bindings; then
+    "$python" -m pip install -q --no-deps tensorrt-stubs==10.13.0.35.1
+  fi
+}
+
+if [ -n "${NVIDIA_PYTORCH_VERSION:-}" ] && has torch && has tensorrt; then
+  stamp="$root/.requirements.$dev"
+  if [ "$(cat "$stamp" 2> /dev/null)" != "$(stamp_of)$NVIDIA_PYTORCH_VERSION" ]; then
+    echo "NGC PyTorch $NVIDIA_PYTORCH_VERSION: keeping what is installed, adding what is missing"
+    ngc
+    echo "$(stamp_of)$NVIDIA_PYTORCH_VERSION" > "$stamp"
+  fi
+  bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
+else
+  stamp="$venv/.requirements.$dev"
+  if [ "$(cat "$stamp" 2> /dev/null)" != "$(stamp_of)" ]; then
+    echo "setting up $venv (some gigabytes the first time)"
+    plain
+    stamp_of > "$stamp"
+  fi
+  bin="$venv/bin"
+fi
+
+if [ $# -gt 0 ]; then
+  PATH="$bin:$PATH" exec "$@"
+fi
