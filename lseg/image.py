@@ -1,0 +1,259 @@
+"""Photos in and pictures out: the one host-side path from a file to the network's input, for every backend."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from lseg.errors import UserError
+
+# How a photo is brought to the network's size. An axis that shrinks is averaged: bilinear sampling would skip pixels of
+# a large photo, and noise would pass for detail. An axis that grows is bilinear: averaging would repeat pixels there.
+SHRINK = cv2.INTER_AREA
+ENLARGE = cv2.INTER_LINEAR
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # what counts as an image in a folder
+MAX_PIXELS = 2**30  # OpenCV's limit
+NO_MEMORY = -4  # OpenCV's StsNoMem
+# The first bytes of image files, to tell a damaged one from something else.
+JPEG = b"\xff\xd8\xff"
+TIFF = (b"II*\0", b"MM\0*")
+SIGNATURES = (JPEG, b"\x89PNG\r\n\x1a\n", b"BM", *TIFF, b"RIFF")
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Reads a photo as it is meant to be seen.
+
+    EXIF rotation is applied (to WebP by OpenCV 5 only). Grey, palette and CMYK become RGB; 16 bits become 8 by value /
+    257, rounded. Transparency is dropped, as Pillow's convert("RGB") in the official code does: the colours under it
+    show (in an 8-bit TIFF OpenCV has multiplied them by it). Of an animation or a file of many pages the first is read.
+
+    Args:
+        path: a JPEG, PNG, BMP, TIFF or WebP file, or another that the installed OpenCV decodes.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+
+    Raises:
+        UserError: the file is missing, a folder, empty, cut short, not an image, too large, or holds other values than
+            8- or 16-bit integers.
+    """
+    data = _read_bytes(path)
+    if data.startswith(JPEG) and not _jpeg_is_whole(data):
+        raise UserError(f"{path} is cut short: it is a JPEG without its end; copy or download it again")
+    image = _decode(path, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image is None and data.startswith(TIFF):  # perhaps of values that do not turn into colours
+        image = _decode(path, data, cv2.IMREAD_UNCHANGED)
+    if image is None:
+        if data.startswith(SIGNATURES):
+            raise UserError(f"{path} is damaged or cut short; copy or download it again")
+        if data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head")):
+            raise UserError(f"{path} is a web page, not an image; download the image itself")
+        raise UserError(f"{path} is not an image that OpenCV reads; give a JPEG, PNG, BMP, TIFF or WebP file")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path} holds {image.dtype} values; save it with 8 or 16 bits per channel")
+    if image.dtype == np.uint16:
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Lists images: files in the order given, each folder replaced by the images right in it, sorted by name.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image, or something cannot be read.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        try:
+            if not path.exists():
+                raise UserError(f"{path} does not exist; check the name")
+            folder = path.is_dir()
+            images = sorted(file for file in path.iterdir() if _looks_like_image(file)) if folder else [path]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
+        if not images:
+            raise UserError(f"the folder {path} holds no image; give one with {', '.join(SUFFIXES)} files")
+        found += images
+    return found
+
+
+def to_pixels(image: np.ndarray, size: int = 480) -> np.ndarray:
+    """Squashes a photo to the network's square: SHRINK along an axis that shrinks, ENLARGE along one that grows.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: S, the side of the square in pixels.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (min(width, size), min(height, size)), interpolation=SHRINK)
+    return cv2.resize(small, (size, size), interpolation=ENLARGE)
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """Turns pixels into the network's input: (value / 255 - 0.5) / 0.5, channels first.
+
+    Args:
+        pixels: uint8 [B, S, S, 3], RGB.
+
+    Returns:
+        float32 [B, 3, S, S], contiguous, -1 to 1.
+    """
+    batch, height, width, channels = pixels.shape
+    values = np.empty((batch, channels, height, width), np.float32)
+    np.multiply(pixels.transpose(0, 3, 1, 2), np.float32(2 / 255), out=values, dtype=np.float32)
+    values -= 1
+    return values
+
+
+def labels_to_photo(labels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Brings a label map to the photo's size by nearest neighbour: row floor((i + 1/2) S / H), columns alike.
+
+    Args:
+        labels: [S, S], of any type.
+        width: W, the photo's width in pixels.
+        height: H, the photo's height in pixels.
+
+    Returns:
+        [H, W], of the same type.
+    """
+    # In whole numbers, so that no rounding moves a border. Of OpenCV's own, INTER_NEAREST_EXACT rounds its scale, and
+    # INTER_NEAREST takes floor(i S / H), up to half a pixel off.
+    rows = (2 * np.arange(height) + 1) * labels.shape[0] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * labels.shape[1] // (2 * width)
+    return labels.take(columns, axis=1).take(rows, axis=0)
+
+
+def write_image(path: str | Path, rgb: np.ndarray) -> None:
+    """Writes a picture as PNG or JPEG by the path's suffix, whole or not at all, and makes its folder.
+
+    Args:
+        path: ends in .png, .jpg or .jpeg.
+        rgb: uint8 [H, W, 3].
+
+    Raises:
+        UserError: another suffix, a JPEG of more than 65,535 pixels a side, or a folder that cannot be made or written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{path}: pictures are written as PNG or JPEG; give a name that ends in .png or .jpg")
+    if suffix != ".png" and max(rgb.shape) > 65535:
+        raise UserError(f"{path}: a JPEG holds at most 65535 pixels a side; give a name that ends in .png")
+    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+    write_files({path: cv2.imencode(suffix, bgr)[1].tobytes()})  # JPEG at OpenCV's quality of 95
+
+
+def writable_folder(path: Path) -> None:
+    """Makes the folder and proves that a file can be made in it; raises UserError before any work is done in vain."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Writes files that belong together: each under a temporary name beside its own, and renamed when all are written.
+
+    Raises:
+        UserError: a folder cannot be made or written to, or the disk is full. What was there before stays.
+    """
+    temporary = {path: path.with_name(f".{os.urandom(6).hex()}{path.suffix}") for path in files}
+    try:
+        for path in files:
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; choose another output name")
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path].write_bytes(data)
+        for path in files:
+            os.replace(temporary[path], path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
+    finally:
+        for name in temporary.values():
+            with suppress(OSError):
+                name.unlink()
+
+
+def _looks_like_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{path} is a folder; give an image file")
+        if not stat.S_ISREG(mode):  # a pipe would be waited for, a device might never end
+            raise UserError(f"{path} is not a regular file; give an image file")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist; check the name") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
+    if not data:
+        raise UserError(f"{path} is empty; copy or download it again")
+    return data
+
+
+def _decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
+    try:
+        with _silent_stderr():
+            return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        if error.code == NO_MEMORY or "MAX_IMAGE" in str(error):
+            raise UserError(
+                f"{path} is too large to decode; scale it down to at most {MAX_PIXELS:,} pixels, or what memory holds"
+            ) from None
+        return None
+
+
+def _jpeg_is_whole(data: bytes) -> bool:
+    """Whether a JPEG has its end marker. Older OpenCV fills what is missing with grey and says nothing.
+
+    The thumbnail inside the header has an end marker too, so the header's segments are skipped, by their lengths, up to
+    the first scan. From there on the two bytes are nothing else: a byte ff of the picture is followed by 00.
+    """
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # start of scan
+            return data.find(b"\xff\xd9", at) >= 0
+        # Fill bytes may stand before a marker; every other marker up to here has a length.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hides what C libraries write to file descriptor 2, such as libpng's remarks about colour profiles.
+
+    The descriptor is the process's: another thread's words to stderr are lost meanwhile, so keep it short.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # stderr is closed: there is nothing to hide
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(nowhere)
+        os.close(saved)
