@@ -1,0 +1,105 @@
+"""ONNX files: written whole or not at all, and carrying what made them. No torch here."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lseg.errors import UserError, short
+
+if TYPE_CHECKING:
+    import onnx
+
+TEXT_ONNX, IMAGE_ONNX, SIMILARITY_ONNX = "clip_textual.onnx", "lseg.onnx", "similarity.onnx"  # in their folder
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "lseg."  # of every metadata key that is ours
+LIMIT = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, graph included; more go to a file beside it
+
+
+def write_onnx(model: onnx.ModelProto, path: Path, metadata: dict[str, object], limit: int = LIMIT) -> Path:
+    """Writes `model` with `metadata` (JSON values) to `path`.
+
+    The file appears under its name only when it is complete. Weights beyond `limit` bytes go to one file beside it,
+    whose name is new each time, so that an older model never meets newer weights.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    import onnx
+
+    del model.metadata_props[:]
+    for key, value in metadata.items():
+        model.metadata_props.add(key=PREFIX + key, value=json.dumps(value))
+    data, orphan = "", None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit:
+                data = f"{Path(folder).name[1:]}.data"
+                onnx.save(model, part, save_as_external_data=True, location=data, size_threshold=1024)
+                orphan = path.with_name(data)
+                os.replace(part.with_name(data), orphan)
+            else:
+                onnx.save(model, part)
+            os.replace(part, path)
+            orphan = None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another folder") from error
+    finally:
+        if orphan:
+            orphan.unlink(missing_ok=True)
+    for file in data_files(path):
+        if file.name != data:  # an older model's
+            file.unlink(missing_ok=True)
+    return path
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that `write_onnx` wrote its weights to."""
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*.data"))
+
+
+def parse_metadata(properties: dict[str, str]) -> dict[str, object]:
+    """The metadata that `write_onnx` wrote, from a file's own properties; empty for a file of another maker."""
+    return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
+
+
+def check_weights(path: Path, metadata: dict[str, object], kind: str, sha256: str, remedy: str) -> None:
+    """Checks that a file is `kind` and was exported from the weights asked for.
+
+    Raises:
+        UserError: it is another model, or comes from other weights; the sentence ends with `remedy`.
+    """
+    if metadata.get("kind") != kind:
+        found = f"holds '{metadata['kind']}', not '{kind}'" if "kind" in metadata else "is another project's file"
+        raise UserError(f"{path} {found}: {remedy}")
+    if metadata.get("weights_sha256") != sha256:
+        name = metadata.get("weights", "unknown")
+        raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
+
+
+def read_metadata(path: Path) -> dict[str, object]:
+    """The metadata of an ONNX file, without its external weights; UserError where it is missing or damaged."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: export it with 'python lseg_export.py'") from None
+    except Exception as error:  # protobuf has its own errors
+        raise UserError(f"{path} is damaged or cut short: export it again") from error
+    return parse_metadata({entry.key: entry.value for entry in model.metadata_props})
+
+
+def remedy_for(script: str, weights: str, folder: Path) -> str:
+    """The command that exports the right file, as it works from the current directory."""
+    words = ["python", str(short(ROOT / script)), "--weights", weights]
+    if folder.resolve() != (ROOT / "onnx").resolve():
+        words += ["--output", str(folder)]
+    return f"run '{shlex.join(words)}'"
