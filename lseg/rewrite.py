@@ -1,0 +1,347 @@
+"""Attention's matrix products in an ONNX file, rewritten in one of three forms that compute the same numbers.
+
+B images or texts, L tokens, h heads of d, C = h d. The exporter leaves q k^T and softmax(.) v as products of
+[B, h, L, d] operands, and linear layers as [B, L, C] by [C, K]. What engines make of them differs, so:
+
+- `4d` keeps these shapes, with the whole scale on q and k^T coming straight from a Transpose: the pattern
+  MatMul, Add (a mask, if any), Softmax, MatMul that TensorRT 10 fuses into one kernel.
+- `3d` folds batch and heads into one leading axis: [B h, L, d].
+- `2d` has no operand of rank above 2, linear layers included: tokens stay [B L, C] through a block. One product per
+  head and image is slow, as each is small, so g heads share one: their queries are stacked into a block-diagonal
+  [g L, g d] and multiplied with the g heads' keys side by side, [L, g d], transposed; row block i of the [g L, L]
+  scores is head i's. After the softmax of each row, times the values [L, g d], head i's result is block (i, i) of
+  [g L, g d]. There are g times fewer products, each g^2 times the work of one head's: g times the work in all.
+  g = 1 is one product per head.
+
+Whatever nodes the exporter puts between a linear layer and its attention (Split, Squeeze, Gather, shape arithmetic) is
+not matched by name: those nodes are run on random numbers, and the attention is taken only if they do what is expected.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lseg.attention import Attention, find_attentions, rank
+from lseg.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+FORMS = ("4d", "3d", "2d")
+HEADS_PER_PRODUCT = 2  # of the 2d form
+# Nodes that do to [B L, C] what they do to [B, L, C], if their operands have one shape or are constants of rank <= 1.
+ELEMENTWISE = {"Add", "Cast", "Div", "Erf", "Gelu", "Identity", "Mul", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh"}
+
+
+def rewrite_matmuls(
+    model: onnx.ModelProto,
+    form: str,
+    heads_per_product: int = HEADS_PER_PRODUCT,
+    batch: int | None = None,
+    name: str = "the ONNX file",
+) -> onnx.ModelProto:
+    """Rewrites the matrix products of an exported encoder; what it computes, its names and metadata stay.
+
+    Args:
+        model: the image or text encoder that lseg/export.py wrote, with float32 or float16 weights; not changed.
+        form: one of FORMS, as the module's text explains them. `2d` takes the image encoder at a fixed batch only.
+        heads_per_product: in the 2d form, at most how many heads share a product: the largest divisor of the number
+            of heads up to it is taken, so that all products are of one size.
+        batch: fixes a free batch to this number; None leaves it as it is.
+        name: what messages call the file.
+
+    Raises:
+        UserError: an unknown form or number, a file without attention or with a product of unknown kind, or the 2d
+            form asked for with a free batch, of the text encoder or of a graph that cannot have it.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+    if form not in FORMS:
+        raise UserError(f"the matmul form '{form}' is unknown: choose {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+    for what, number in (("heads per product", heads_per_product), ("batch", 1 if batch is None else batch)):
+        if number < 1:
+            raise UserError(f"{what} cannot be {number}: give 1 or more")
+    rewritten = ir.from_proto(model)
+    graph = rewritten.graph
+    if batch is not None:
+        fix_batch(graph, batch, name)
+    infer_shapes(rewritten)
+    unpack_gemms(graph)
+    RemoveUnusedNodesPass()(rewritten)
+    infer_shapes(rewritten)
+    attentions = find_attentions(graph, name)
+    if form == "2d":
+        check_2d(attentions, name)
+    constants: dict[tuple, ir.Value] = {}
+    for attention in attentions:
+        build = Builder(graph, attention.out.producer(), attention.name, constants)
+        y = attend_2d(build, attention, heads_per_product) if form == "2d" else attend(build, attention, form)
+        y.shape, y.type = attention.out.shape, attention.out.type
+        ir.convenience.replace_all_uses_with(attention.out, y)
+    RemoveUnusedNodesPass()(rewritten)
+    if form == "2d":
+        infer_shapes(rewritten)
+        flatten_tokens(graph)
+        RemoveUnusedNodesPass()(rewritten)
+    NameFixPass()(rewritten)
+    infer_shapes(rewritten)
+    left = [n for n in graph if form == "2d" and n.op_type == "MatMul" and any(rank(v) != 2 for v in n.inputs)]
+    if left:
+        raise UserError(f"MatMul '{left[0].name}' of {name} cannot be made 2-D: choose 4d or 3d")
+    return ir.to_proto(rewritten)
+
+
+def matmul_ranks(model: onnx.ModelProto) -> Counter[tuple[int, int]]:
+    """How many MatMuls have operands of which ranks, as ONNX's shape inference finds them.
+
+    Raises:
+        UserError: shape inference does not tell an operand's rank.
+    """
+    import onnx_ir as ir
+
+    inferred = ir.from_proto(model)
+    infer_shapes(inferred)
+    nodes = [node for node in inferred.graph if node.op_type == "MatMul"]
+    for node in nodes:
+        if None in map(rank, node.inputs):
+            raise UserError(f"the rank of an operand of MatMul '{node.name}' cannot be told: export the file anew")
+    return Counter(tuple(map(rank, node.inputs)) for node in nodes)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Shapes of all values, as far as they follow from the inputs'; large weights are set aside meanwhile."""
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    ShapeInferencePass()(model)
+
+
+def fix_batch(graph: ir.Graph, batch: int, name: str) -> None:
+    """Sets the leading axis of the inputs, and what carries its name in inputs and outputs, to `batch`."""
+    import onnx_ir as ir
+
+    leading = {value.shape[0] for value in graph.inputs if rank(value)}
+    for size in leading:
+        if isinstance(size, int) and size != batch:
+            raise UserError(f"{name} has a fixed batch of {size}, not {batch}: export it with a free batch")
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([batch if size in leading else size for size in value.shape])
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None  # what the file says of it holds the free axis
+
+
+def unpack_gemms(graph: ir.Graph) -> None:
+    """Linear layers as MatMul and Add on [B, L, C]; at a fixed batch the simplifier makes them Gemm on [B L, C]."""
+    import onnx_ir as ir
+
+    constants: dict[tuple, ir.Value] = {}
+    for node in [node for node in graph if node.op_type == "Gemm"]:
+        (x, weight, *bias), y = node.inputs, node.outputs[0]
+        attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+        transposed = attributes.pop("transB", 0)
+        plain = not attributes.pop("transA", 0) and set(attributes.values()) <= {1.0}  # alpha and beta
+        before, users = x.producer(), y.consumers()
+        apart = [user.outputs[0] for user in users if user.op_type == "Reshape" and rank(user.outputs[0]) == 3]
+        static = y.shape is not None and y.shape.is_static()
+        if not plain or not static or weight.const_value is None or y.is_graph_output():
+            continue
+        build = Builder(graph, node, node.name or y.name, constants)
+        whole = before.inputs[0] if before is not None and before.op_type == "Reshape" else x
+        if rank(whole) == 3 and whole.shape[2] == x.shape[1]:
+            tokens = whole  # [B, L, C]
+        elif apart:
+            tokens = build.reshape("tokens", x, *apart[0].shape[:2], x.shape[1])
+        else:
+            continue
+        batch, length = (apart[0] if apart else tokens).shape[:2]
+        if transposed:
+            weight = build.weight("weight", weight.const_value.numpy().T)
+        result = build("MatMul", "product", tokens, weight)
+        for value in bias:
+            result = build("Add", "sum", result, value)
+        for value in apart:
+            if list(value.shape[:2]) == [batch, length] and not value.is_graph_output():
+                ir.convenience.replace_all_uses_with(value, result)
+        ir.convenience.replace_all_uses_with(y, build.reshape("flat", result, batch * length, y.shape[1]))
+        graph.remove(node, safe=True)
+
+
+def check_2d(attentions: list[Attention], name: str) -> None:
+    if any(attention.mask is not None for attention in attentions):
+        raise UserError(f"{name} is a text encoder, and the 2d form is the image encoder's: choose 4d or 3d")
+    if any(attention.batch is None for attention in attentions):
+        raise UserError(f"{name} has a free batch, and the 2d form needs a fixed one: give a batch, or choose 4d or 3d")
+
+
+# Building it anew
+
+
+class Builder:
+    """Adds nodes and constants to a graph, in front of one node and under names that begin alike."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str, constants: dict[tuple, ir.Value]):
+        self.graph, self.before, self.prefix, self.constants = graph, before, prefix, constants
+
+    def nodes(self, op: str, name: str, inputs: list[ir.Value], count: int, **attributes: object) -> list[ir.Value]:
+        """Adds a node of `count` outputs, named after it."""
+        import onnx_ir as ir
+
+        name = f"{self.prefix}/{name}"
+        node = ir.node(op, inputs, attributes, num_outputs=count, name=name)
+        for index, value in enumerate(node.outputs):
+            value.name = name if count == 1 else f"{name}/{index}"
+            value.type = inputs[0].type
+        self.graph.insert_before(self.before, node)
+        return list(node.outputs)
+
+    def __call__(self, op: str, name: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        return self.nodes(op, name, list(inputs), 1, **attributes)[0]
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """An initialiser, shared by all who ask for the same numbers before unused ones are next swept up."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            number = len(self.constants)
+            while (name := f"matmul_form/constant_{number}") in self.graph.initializers:
+                number += 1
+            self.constants[key] = self.initializer(name, array)
+        return self.constants[key]
+
+    def weight(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initialiser of this name, unshared: for large arrays."""
+        return self.initializer(f"{self.prefix}/{name}", np.ascontiguousarray(array))
+
+    def initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        import onnx_ir as ir
+
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def reshape(self, name: str, x: ir.Value, *shape: int) -> ir.Value:
+        return self("Reshape", name, x, self.constant(np.array(shape, np.int64)))
+
+    def split(self, name: str, x: ir.Value, axis: int, count: int, size: int) -> list[ir.Value]:
+        """`count` parts of `size` along an axis."""
+        if count == 1:
+            return [x]
+        return self.nodes("Split", name, [x, self.constant(np.full(count, size))], count, axis=axis)
+
+    def concat(self, name: str, parts: list[ir.Value], axis: int) -> ir.Value:
+        return parts[0] if len(parts) == 1 else self("Concat", name, *parts, axis=axis)
+
+
+def attend(build: Builder, a: Attention, form: str) -> ir.Value:
+    """The 4d and 3d forms: from [B, L, 3 C] to [B, L, C]."""
+    batch = a.batch or -1
+    heads = build.reshape("qkv_heads", a.qkv, batch, a.length, 3, a.heads, a.size)
+    heads = build("Transpose", "qkv", heads, perm=[2, 0, 3, 1, 4])  # [3, B, h, L, d]
+    if form == "3d":
+        heads = build.reshape("qkv_folded", heads, 3, -1, a.length, a.size)
+    axis = build.constant(np.array([0]))
+    q, k, v = (build("Squeeze", n, x, axis) for n, x in zip("qkv", build.split("parts", heads, 0, 3, 1), strict=True))
+    q = build("Mul", "q_scaled", q, build.constant(np.array(a.scale, a.qkv.dtype.numpy())))
+    k = build("Transpose", "k_transposed", k, perm=[0, 1, 3, 2] if form == "4d" else [0, 2, 1])
+    scores = build("MatMul", "scores", q, k)
+    if a.mask is not None:
+        mask = a.mask.const_value.numpy()
+        scores = build("Add", "scores_masked", scores, build.constant(mask.reshape(mask.shape[-2:])))
+    y = build("MatMul", "values", build("Softmax", "softmax", scores, axis=-1), v)
+    if form == "3d":
+        y = build.reshape("values_unfolded", y, batch, a.heads, a.length, a.size)
+    return build.reshape("joined", build("Transpose", "tokens", y, perm=[0, 2, 1, 3]), batch, a.length, a.width)
+
+
+def attend_2d(build: Builder, a: Attention, heads_per_product: int) -> ir.Value:
+    """The 2d form: from [B, L, 3 C] to [B, L, C], with [L, C] an image at a time in between."""
+    together = max(g for g in range(1, a.heads + 1) if a.heads % g == 0 and g <= heads_per_product)
+    own = np.arange(a.width) // a.size % together == np.arange(together)[:, None]  # [g, C]: channels of its heads
+    own = own.astype(a.qkv.dtype.numpy())
+    spread = build.constant(own[:, None] * own.dtype.type(a.scale))  # [g, 1, C]
+    groups, span = a.heads // together, together * a.size
+
+    qkv = build.reshape("qkv", a.qkv, a.batch * a.length, 3 * a.width)
+    images = []
+    for image, rows in enumerate(build.split("images", qkv, 0, a.batch, a.length)):
+        at = f"image{image}/"
+        q, k, v = build.split(at + "parts", rows, 1, 3, a.width)  # each [L, C]
+        # Each group's queries, scaled, once for each of its heads, zero outside that head's channels: [g L, C].
+        q = build.reshape(at + "q_rows", build("Mul", at + "q_scaled", q, spread), together * a.length, a.width)
+        parts = zip(*(build.split(at + n, x, 1, groups, span) for n, x in (("q", q), ("k", k), ("v", v))), strict=True)
+        results = []
+        for group, (q_group, k_group, v_group) in enumerate(parts):
+            to = f"{at}group{group}/"
+            scores = build("MatMul", to + "scores", q_group, build("Transpose", to + "k", k_group, perm=[1, 0]))
+            results.append(build("MatMul", to + "values", build("Softmax", to + "softmax", scores, axis=-1), v_group))
+        y = build.concat(at + "groups", results, 1)  # [g L, C]
+        if together > 1:  # of row block i, the channels of each group's head i count
+            blocks = build.split(at + "blocks", y, 0, together, a.length)
+            y = build("Mul", at + "own0", blocks[0], build.constant(own[:1]))
+            for i in range(1, together):
+                y = build(
+                    "Add", f"{at}sum{i}", y, build("Mul", f"{at}own{i}", blocks[i], build.constant(own[i : i + 1]))
+                )
+        images.append(y)
+    return build.reshape("joined", build.concat("all_images", images, 0), a.batch, a.length, a.width)
+
+
+def flatten_tokens(graph: ir.Graph) -> None:
+    """Linear layers, and what lies between them, on [B L, C] instead of [B, L, C].
+
+    Every node that can be is moved to flat operands and followed by a Reshape back, which only those who cannot be
+    moved read; the others are left for the caller to sweep up.
+    """
+    import onnx_ir as ir
+
+    constants: dict[tuple, ir.Value] = {}
+    flat: dict[ir.Value, ir.Value] = {}  # [B, L, C] -> [B L, C]
+    for node in list(graph):
+        y = node.outputs[0]
+        if node.op_type == "Reshape":
+            x = node.inputs[0]
+            if x in flat and y.shape == flat[x].shape:
+                ir.convenience.replace_all_uses_with(y, flat[x])
+            elif rank(x) == 2 and rank(y) == 3 and x.shape[1] == y.shape[2]:
+                flat[y] = x
+            continue
+        if not can_be_flat(node, flat):
+            continue
+        build = Builder(graph, node, y.name, constants)
+        inputs = list(node.inputs)
+        for index, value in enumerate(inputs):
+            if rank(value) == 3:
+                if value not in flat:
+                    b, length, width = value.shape
+                    flat[value] = build.reshape(f"flat{index}", value, b * length, width)
+                    flat[value].shape = ir.Shape([b * length, width])
+                inputs[index] = flat[value]
+        b, length, width = y.shape
+        flat_y = build(node.op_type, "flat", *inputs, **{key: attr.value for key, attr in node.attributes.items()})
+        flat_y.producer().name, flat_y.type = node.name, y.type
+        flat_y.shape = ir.Shape([b * length, width])
+        back = build.reshape("tokens", flat_y, b, length, width)
+        back.shape, back.type = y.shape, y.type
+        flat[back] = flat_y
+        ir.convenience.replace_all_uses_with(y, back)
+        graph.remove(node, safe=True)
+
+
+def can_be_flat(node: ir.Node, flat: dict[ir.Value, ir.Value]) -> bool:
+    """Whether a node of a [B, L, C] output computes the same on [B L, C], and has reason to."""
+    y = node.outputs[0]
+    if rank(y) != 3 or not y.shape.is_static() or y.is_graph_output() or None in map(rank, filter(None, node.inputs)):
+        return False
+    if node.op_type == "MatMul":
+        return [rank(value) for value in node.inputs] == [3, 2]
+    if not any(value in flat for value in node.inputs):
+        return False
+    if node.op_type == "LayerNormalization":
+        return node.attributes.get_int("axis", -1) == -1 and len(node.outputs) == 1
+    return node.op_type in ELEMENTWISE and all(x.shape == y.shape or rank(x) <= 1 for x in node.inputs)

@@ -1,0 +1,188 @@
+"""The graphs that TensorRT's engines are built from: pixels in, and labels or embeddings out.
+
+An exported image encoder ends with z, the head's output at 120 x 120 [B, D, h, h], which is upsampled, divided by its
+length and given out. A label map needs less: the scores' numerators are linear in z, t . up(z) = up(t . z), so N
+channels are upsampled instead of D, and of up(z) only its length is needed, which is never written out by channel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lseg.errors import UserError
+
+
+class _Graph:
+    """Appends nodes to an ONNX graph, naming what they give."""
+
+    def __init__(self, graph: onnx.GraphProto, prefix: str):
+        self.graph, self.prefix, self.count = graph, prefix, 0
+
+    def constant(self, value: np.ndarray) -> str:
+        name = self._name("constant")
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def floats(self, value: np.ndarray | float) -> str:
+        return self.constant(np.asarray(value, np.float32))
+
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+        output = output or self._name(kind)
+        self.graph.node.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def _name(self, kind: str) -> str:
+        self.count += 1
+        return f"{self.prefix}/{kind}_{self.count}"
+
+
+def cut_head(encoder: onnx.ModelProto) -> onnx.ModelProto:
+    """Cuts upsampling and normalisation off an exported image encoder.
+
+    Returns:
+        The model that ends with z: float32 [B, D, h, h], the head's output.
+
+    Raises:
+        UserError: the model does not end as an exported image encoder does.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(encoder)
+    graph = model.graph
+    maker = {output: node for node in graph.node for output in node.output}
+    divide = maker.get(graph.output[0].name)
+    inputs = [maker.get(name) for name in divide.input] if divide is not None and divide.op_type == "Div" else []
+    if [node.op_type if node is not None else "" for node in inputs] != ["Resize", "ReduceL2"]:
+        raise UserError("the ONNX file does not end as lseg_export.py's image encoder does: export it again")
+    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in graph.output[0].type.tensor_type.shape.dim)
+    z = inputs[0].input[0]
+    _drop_unused(graph, [z])
+    del graph.output[:], graph.value_info[:]
+    graph.output.append(helper.make_tensor_value_info(z, TensorProto.FLOAT, [batch, dimension, side // 2, side // 2]))
+    return model
+
+
+def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
+    """The label-map graph around an encoder that ends with z, float32 or float16 (see `cut_head`).
+
+    The result takes `pixels` uint8 [B, S, S, 3], RGB, and `text` float32 [N, D], unit length, and gives `labels` uint8
+    [B, S, S]: at most 256 texts. B is as free as in the encoder, N is free. Large products are computed in z's type,
+    what follows them in float32.
+    """
+    model, z = _with_pixels(core)
+    graph = model.graph
+    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in z.type.tensor_type.shape.dim)
+    graph.input.append(helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]))
+    graph.output.append(helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, 4 * side, 4 * side]))
+    build = _Graph(graph, "labels")
+    text = build.op("Cast", "text", to=z.type.tensor_type.elem_type)
+    flat = build.op("Reshape", z.name, build.ints(0, dimension, side * side))  # [B, D, h*h]
+    dot = build.op("MatMul", text, flat)  # [B, N, h*h]
+    dot = build.op("Reshape", dot, build.ints(0, -1, side, side))  # [B, N, h, h]
+    dot = _double(build, build.op("Cast", dot, to=TensorProto.FLOAT))  # [B, N, 2h, 2h]
+    wide = build.op("Cast", _double(build, z.name), to=TensorProto.FLOAT)  # the engine fuses the cast into the sum
+    length = build.op("ReduceL2", wide, axes=[1], keepdims=1)  # [B, 1, 2h, 2h]
+    scores = _double(build, build.op("Div", dot, length))  # [B, N, 4h, 4h]
+    best = build.op("ArgMax", scores, axis=1, keepdims=0)  # [B, 4h, 4w]
+    best = build.op("Cast", best, to=TensorProto.FLOAT)  # some versions of TensorRT make uint8 of float32 only
+    build.op("Cast", best, to=TensorProto.UINT8, output="labels")
+    return model
+
+
+def embedding_graph(core: onnx.ModelProto) -> onnx.ModelProto:
+    """The features graph around an encoder that ends with z: `pixels` to `embeddings` [B, D, 2h, 2h] in z's type."""
+    model, z = _with_pixels(core)
+    graph, kind = model.graph, z.type.tensor_type.elem_type
+    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in z.type.tensor_type.shape.dim)
+    graph.output.append(helper.make_tensor_value_info("embeddings", kind, [batch, dimension, 2 * side, 2 * side]))
+    build = _Graph(graph, "embeddings")
+    x = build.op("Cast", _double(build, z.name), to=TensorProto.FLOAT)
+    x = build.op("Div", x, build.op("ReduceL2", x, axes=[1], keepdims=1))
+    build.op("Cast", x, to=kind, output="embeddings")
+    return model
+
+
+def pass_graph(kind: int, dimension: int, side: int, opset: int = 17) -> onnx.ModelProto:
+    """One pass over a group of labels, for more labels than one pass holds: a running maximum.
+
+    Takes `embeddings` [B, D, 2h, 2h] of type `kind`, `text` float32 [N, D], `offset` float32 [1] (the group's first
+    index), and `best_before`, `labels_before` float32 [B, 4h, 4h]; gives `best` and `labels` float32 of that shape.
+    A tie stays with the earlier label.
+    """
+    graph = onnx.GraphProto(name="pass")
+    full = ["B", 4 * side, 4 * side]
+    graph.input.extend(
+        [
+            helper.make_tensor_value_info("embeddings", kind, ["B", dimension, 2 * side, 2 * side]),
+            helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]),
+            helper.make_tensor_value_info("offset", TensorProto.FLOAT, [1]),
+            helper.make_tensor_value_info("best_before", TensorProto.FLOAT, full),
+            helper.make_tensor_value_info("labels_before", TensorProto.FLOAT, full),
+        ]
+    )
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, full) for name in ("best", "labels"))
+    build = _Graph(graph, "pass")
+    flat = build.op("Reshape", "embeddings", build.ints(0, dimension, 4 * side * side))
+    dot = build.op("MatMul", build.op("Cast", "text", to=kind), flat)  # [B, N, 2h*2h]
+    dot = build.op("Reshape", build.op("Cast", dot, to=TensorProto.FLOAT), build.ints(0, -1, 2 * side, 2 * side))
+    scores = _double(build, dot)  # [B, N, 4h, 4h]
+    index = build.op("Cast", build.op("ArgMax", scores, axis=1, keepdims=0), to=TensorProto.FLOAT)
+    best = build.op("ReduceMax", scores, axes=[1], keepdims=0)
+    better = build.op("Greater", best, "best_before")
+    build.op("Where", better, best, "best_before", output="best")
+    build.op("Where", better, build.op("Add", index, "offset"), "labels_before", output="labels")
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def _with_pixels(core: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ValueInfoProto]:
+    """The core with `pixels` uint8 [B, S, S, 3] for its input, and no output yet; and what its output was."""
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    graph = model.graph
+    image, z = graph.input[0], graph.output[0]
+    batch, _, height, width = (d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim)
+    first = _Graph(onnx.GraphProto(), "pixels")
+    x = first.op("Cast", "pixels", to=TensorProto.FLOAT)  # [B, S, S, 3]
+    x = first.op("Transpose", x, perm=[0, 3, 1, 2])  # [B, 3, S, S]
+    x = first.op("Mul", x, first.floats(2 / 255))
+    first.op("Sub", x, first.floats(1.0), output=image.name)
+    nodes = [*first.graph.node, *graph.node]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, [batch, height, width, 3])
+    result = helper.make_graph(nodes, "lseg", [pixels], [], [*graph.initializer, *first.graph.initializer])
+    graph.CopyFrom(result)
+    return model, z
+
+
+def _drop_unused(graph: onnx.GraphProto, outputs: list[str]) -> None:
+    """Removes nodes and initializers that none of `outputs` needs."""
+    needed, kept = set(outputs), []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
+
+
+def _double(build: _Graph, x: str) -> str:
+    scales = build.floats(np.array([1, 1, 2, 2]))
+    return build.op("Resize", x, "", scales, mode="linear", coordinate_transformation_mode="align_corners")
+
+
+def load_encoder(path: Path) -> onnx.ModelProto:
+    """Reads an exported file; raises UserError where it is missing or damaged."""
+    try:
+        return onnx.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: export it with 'python lseg_export.py'") from None
+    except Exception as error:  # protobuf has its own errors
+        raise UserError(f"{path} is damaged or cut short: export it again with 'python lseg_export.py'") from error

@@ -1,0 +1,185 @@
+"""The graphs behind the TensorRT engines, run by ONNX Runtime and held against PyTorch in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from lseg import checkpoint, scoring, specs
+from lseg.errors import UserError
+from lseg.export import export_onnx
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
+from lseg.padding import pad_tokens
+from lseg.recipes import Recipe
+from lseg.similarity import Similarity
+from tests.checkpoints import write_tiny
+
+FORMS = [(precision, matmul) for precision in ("fp32", "fp16") for matmul in ("4d", "3d", "2d")]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with tiny exported encoders, and the weights."""
+    folder = tmp_path_factory.mktemp("onnx")
+    weights = checkpoint.load(write_tiny(folder / "tiny.safetensors", seed=3).path)
+    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
+    text = checkpoint.load_text_encoder(weights)
+    export_onnx(specs.text_spec(text, specs.weights_metadata(weights)), folder / TEXT_ONNX)
+    return folder, weights
+
+
+def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)
+
+
+def recipe(folder, precision: str, matmul: str) -> Recipe:
+    return Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
+
+
+def random_inputs(seed: int, weights, batch: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    size = weights.image_config.image_size
+    text = rng.standard_normal((labels, weights.image_config.embedding)).astype(np.float32)
+    pixels = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    return pixels, text / np.linalg.norm(text, axis=1, keepdims=True)
+
+
+def reference(weights, pixels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings and labels by PyTorch in float64."""
+    encoder = checkpoint.load_image_encoder(weights).double()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255 * 2 - 1
+    with torch.no_grad():
+        embeddings = encoder(images)
+        labels, _, _ = Similarity()(embeddings, torch.from_numpy(text).double())
+    return embeddings.numpy(), labels.numpy()
+
+
+@pytest.mark.parametrize(("precision", "matmul"), FORMS)
+def test_labels(exported, seed, precision, matmul):
+    folder, weights = exported
+    model = recipe(folder, precision, matmul).prepare("labels")
+    for batch in (1,) if matmul == "2d" else (1, 2, 3, 5, 8):
+        for count in (1, 2, 8, 32):
+            pixels, text = random_inputs(seed + batch, weights, batch, count)
+            (labels,) = run(model, {"pixels": pixels, "text": text})
+            assert labels.dtype == np.uint8
+            agreement = (labels == reference(weights, pixels, text)[1]).mean()
+            assert agreement >= (0.999 if precision == "fp32" else 0.98), (batch, count, agreement)
+
+
+@pytest.mark.parametrize(("precision", "matmul"), FORMS)
+def test_embeddings(exported, seed, precision, matmul):
+    folder, weights = exported
+    pixels, text = random_inputs(seed, weights, 1 if matmul == "2d" else 3, 1)
+    (found,) = run(recipe(folder, precision, matmul).prepare("embeddings"), {"pixels": pixels})
+    expected = reference(weights, pixels, text)[0]
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error <= (1e-5 if precision == "fp32" else 2e-2), error
+    assert found.dtype == (np.float32 if precision == "fp32" else np.float16)
+
+
+def test_passes_keep_a_running_maximum(exported, seed):
+    folder, weights = exported
+    pixels, text = random_inputs(seed, weights, 1, 70)
+    embeddings, expected = reference(weights, pixels, text)
+    model = recipe(folder, "fp32", "4d").prepare("pass")
+    size = weights.image_config.image_size
+    best, labels = np.full((1, size, size), -2, np.float32), np.zeros((1, size, size), np.float32)
+    for start in range(0, 70, 32):
+        best, labels = run(
+            model,
+            {
+                "embeddings": embeddings.astype(np.float32),
+                "text": text[start : start + 32],
+                "offset": np.array([start], np.float32),
+                "best_before": best,
+                "labels_before": labels,
+            },
+        )
+    assert (labels == expected).mean() >= 0.999
+
+
+def test_a_tie_stays_with_the_earlier_label(exported, seed):
+    folder, weights = exported
+    pixels, text = random_inputs(seed, weights, 1, 1)
+    embeddings = reference(weights, pixels, text)[0].astype(np.float32)
+    model = recipe(folder, "fp32", "4d").prepare("pass")
+    size = weights.image_config.image_size
+    before = np.full((1, size, size), -2, np.float32)
+    inputs = {"embeddings": embeddings, "text": text}
+    first = run(model, inputs | {"offset": np.float32([0]), "best_before": before, "labels_before": before})
+    again = run(model, inputs | {"offset": np.float32([1]), "best_before": first[0], "labels_before": first[1]})
+    assert (again[1] == 0).all()
+
+
+@pytest.mark.parametrize("matmul", ["4d", "3d"])
+def test_text(exported, seed, matmul):
+    folder, weights = exported
+    torch.manual_seed(seed)
+    tokens = specs.random_tokens(5)
+    (found,) = run(recipe(folder, "fp16", matmul).prepare("text"), {"tokens": tokens.numpy()})
+    with torch.no_grad():
+        expected = checkpoint.load_text_encoder(weights).double()(tokens.long()).numpy()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= 1e-5  # float32 whatever the image's precision
+
+
+def test_padding_changes_no_number(exported, seed):
+    folder, weights = exported
+    model = scoring.load_encoder(folder / IMAGE_ONNX)
+    size = weights.image_config.image_size
+    image = np.random.default_rng(seed).uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
+    (expected,) = run(model, {"image": image})
+    tokens = weights.image_config.grid**2 + 1
+    for multiple in (8, 64):
+        padded = pad_tokens(model, multiple)
+        (found,) = run(padded, {"image": image})
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= 1e-6
+        shapes = {
+            d
+            for t in padded.graph.initializer
+            if t.data_type == onnx.TensorProto.INT64
+            for d in onnx.numpy_helper.to_array(t).ravel().tolist()
+        }
+        assert -(-tokens // multiple) * multiple in shapes
+    assert pad_tokens(model, 1).graph.node == model.graph.node
+
+
+def test_padding_refuses_a_graph_without_a_vit():
+    with pytest.raises(UserError, match="no ViT"):
+        pad_tokens(scoring.pass_graph(onnx.TensorProto.FLOAT, 8, 4))
+
+
+def test_only_an_image_encoder_has_a_head_to_cut(exported):
+    folder, _ = exported
+    with pytest.raises(UserError, match="does not end as"):
+        scoring.cut_head(onnx.load(folder / TEXT_ONNX))
+    with pytest.raises(UserError, match="does not exist"):
+        scoring.load_encoder(folder / "none.onnx")
+    (folder / "cut.onnx").write_bytes((folder / IMAGE_ONNX).read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        scoring.load_encoder(folder / "cut.onnx")
+
+
+@pytest.mark.parametrize(("precision", "matmul"), FORMS)
+def test_types_and_reductions(exported, precision, matmul):
+    """Layer norms and lengths are float32 in every form, and no reduction takes its axes as an input."""
+    folder, _ = exported
+    for name in ("labels", "embeddings", "pass"):
+        model = onnx.shape_inference.infer_shapes(recipe(folder, precision, matmul).prepare(name))
+        onnx.checker.check_model(model)
+        types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+        for node in model.graph.node:
+            if node.op_type in ("LayerNormalization", "ReduceL2"):
+                assert types[node.output[0]] == onnx.TensorProto.FLOAT, node.name
+            if node.op_type == "Softmax" and name != "pass":
+                assert types[node.output[0]] == (
+                    onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT
+                )
+            if node.op_type.startswith("Reduce"):
+                assert len(node.input) == 1, node.name
