@@ -1,0 +1,157 @@
+"""The GPU through PyCUDA: the primary context, buffers that free themselves, and captured graphs.
+
+The primary context is the one that PyTorch, ONNX Runtime and the CUDA runtime use, so all of them share one process.
+It is retained, pushed around each use and popped after it, never made current for good.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+
+from lseg.errors import UserError
+
+THREAD_LOCAL_CAPTURE = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
+
+
+def gpu_count() -> int:
+    """GPUs that the driver offers; 0 where there is no driver. Imports nothing."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+class Device:
+    """A GPU's primary context. `with device:` makes it current in this thread, as often as nested.
+
+    Raises:
+        UserError: there is no GPU, no driver, or the driver is too old for PyCUDA's CUDA.
+    """
+
+    def __init__(self, index: int = 0):
+        try:
+            import pycuda.driver as driver
+        except ImportError as error:
+            raise UserError(f"PyCUDA cannot be imported ({error}): install it with 'pip install pycuda'") from error
+        try:
+            driver.init()
+            if driver.Device.count() <= index:
+                raise UserError("no GPU is there: choose --backend onnxruntime or torch")
+            device = driver.Device(index)
+            self._context = device.retain_primary_context()
+        except driver.Error as error:
+            raise UserError(f"the GPU cannot be used ({error}): check nvidia-smi and update the driver") from error
+        self.driver = driver
+        self.name: str = device.name()
+        self.compute_capability: str = "{}.{}".format(*device.compute_capability())
+
+    def __enter__(self) -> Device:
+        self._context.push()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._context.pop()
+
+    def memory_used(self) -> int:
+        """Bytes of the GPU's memory in use, by anyone."""
+        with self:
+            free, total = self.driver.mem_get_info()
+        return total - free
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.detach()
+            self._context = None
+
+
+class Buffer:
+    """An array on the GPU with its page-locked twin on the host, both allocated once. Use with the device current.
+
+    Raises:
+        UserError: the GPU or the host has not enough memory.
+    """
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: np.dtype | type, host: bool = True):
+        self._driver = device.driver
+        self.dtype, self.size = np.dtype(dtype), int(np.prod(shape))
+        self.host: np.ndarray | None = None
+        try:
+            self._memory = device.driver.mem_alloc(max(1, self.size * self.dtype.itemsize))
+            if host:
+                self.host = device.driver.pagelocked_empty(self.size, self.dtype)
+        except device.driver.MemoryError as error:
+            mib = self.size * self.dtype.itemsize >> 20
+            raise UserError(f"the GPU has no {mib} MiB left: close other programs or use smaller batches") from error
+
+    @property
+    def address(self) -> int:
+        return int(self._memory)
+
+    def upload(self, stream: object, count: int) -> None:
+        """Copies the first `count` elements from host to GPU, on the stream."""
+        self._driver.memcpy_htod_async(self._memory, self.host[:count], stream)
+
+    def download(self, stream: object, count: int) -> None:
+        """Copies the first `count` elements from GPU to host, on the stream."""
+        self._driver.memcpy_dtoh_async(self.host[:count], self._memory, stream)
+
+    def fill(self, stream: object, value: float, count: int) -> None:
+        """Sets the first `count` elements, of four bytes each, on the GPU."""
+        word = int(np.array(value, self.dtype).view(np.uint32))
+        self._driver.memset_d32_async(self._memory, word, count, stream)
+
+    def free(self) -> None:
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = None
+        if self.host is not None:
+            self.host.base.free()
+            self.host = None
+
+
+class Graph:
+    """Work on a stream, captured once and launched as a whole. PyCUDA has no calls for this, so the driver is asked.
+
+    Args:
+        stream: a PyCUDA stream, not the default one.
+        work: enqueues the work on it; allocates nothing and waits for nothing.
+    """
+
+    def __init__(self, stream: object, work: Callable[[], None]):
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._stream = ctypes.c_void_p(stream.handle)  # type: ignore[attr-defined]
+        self._executable = ctypes.c_void_p()
+        graph = ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(THREAD_LOCAL_CAPTURE))
+        try:
+            work()
+        finally:
+            self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            flags = ctypes.c_ulonglong(0)
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, flags)
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        self._call("cuGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        if self._executable:
+            self._call("cuGraphExecDestroy", self._executable)
+            self._executable = ctypes.c_void_p()
+
+    def _call(self, name: str, *arguments: object) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{name} failed with CUDA error {status}")

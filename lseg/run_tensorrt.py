@@ -1,0 +1,314 @@
+"""LSeg on TensorRT through PyCUDA: uint8 pixels in, labels out, everything between on the GPU."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from lseg.cuda import Buffer, Device, Graph
+from lseg.engine import discard, engine_path, get_engine, import_tensorrt, provenance
+from lseg.errors import UserError
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_weights, read_metadata, remedy_for
+from lseg.recipes import LABELS_A_PASS, LABELS_IN_BATCH, MAX_BATCH, Recipe
+from lseg.runner import EngineOptions, Segmentation, Timings
+from lseg.tensorfile import sha256
+from lseg.weights import resolve
+
+TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
+# One 2-D product per head took 1.27 times as long as 4-D products on an H100 (TensorRT 8.6.0, float32, ViT-L/16).
+DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d"}
+
+
+class Engine:
+    """A loaded engine with a context and buffers for each of its profiles. Use with the device current.
+
+    Inputs and outputs live in `buffers`, as large as the profiles allow; `bind` sets the shapes of the next run.
+    """
+
+    def __init__(self, device: Device, serialized: bytes, stream: object, shared: dict[str, Buffer] | None = None):
+        trt = import_tensorrt()
+        from lseg.engine import make_logger
+
+        self._logger = make_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self.engine = self._runtime.deserialize_cuda_engine(serialized)
+        if self.engine is None:
+            raise EngineRefused(self._logger.last_error)
+        self._trt, self._stream = trt, stream
+        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = [n for n in self.names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.contexts = []
+        for index in range(self.engine.num_optimization_profiles):
+            context = self.engine.create_execution_context()
+            if context is None or not context.set_optimization_profile_async(index, stream.handle):
+                raise UserError(f"the GPU has no memory left to run the engine ({self._logger.last_error})")
+            self.contexts.append(context)
+        stream.synchronize()
+        self.shared = shared or {}
+        self.owned = {name: self._buffer(device, name) for name in self.names if name not in self.shared}
+        self.buffers = {**self.owned, **self.shared}
+
+    def _buffer(self, device: Device, name: str) -> Buffer:
+        largest = 0
+        for index, context in enumerate(self.contexts):
+            for other in self.inputs:
+                context.set_input_shape(other, self.engine.get_tensor_profile_shape(other, index)[2])
+            largest = max(largest, int(np.prod(context.get_tensor_shape(name))))
+        dtype = TYPES[self.engine.get_tensor_dtype(name).name]
+        return Buffer(device, (largest,), dtype, host=name != "embeddings")
+
+    def bind(self, shapes: dict[str, tuple[int, ...]]) -> object:
+        """Chooses the profile that takes these input shapes, sets shapes and addresses, and returns its context."""
+        for index, context in enumerate(self.contexts):
+            ranges = {name: self.engine.get_tensor_profile_shape(name, index) for name in shapes}
+            if all(_within(shape, ranges[name]) for name, shape in shapes.items()):
+                for name, shape in shapes.items():
+                    if not context.set_input_shape(name, shape):
+                        raise UserError(f"the engine refuses {name} of shape {list(shape)}: {self._logger.last_error}")
+                for name in self.names:
+                    context.set_tensor_address(name, self.buffers[name].address)
+                return context
+        largest = self.engine.get_tensor_profile_shape(next(iter(shapes)), len(self.contexts) - 1)[2]
+        raise UserError(f"the engine takes at most {list(largest)} at a time, not {list(next(iter(shapes.values())))}")
+
+    def enqueue(self, context: object) -> None:
+        if not context.execute_async_v3(self._stream.handle):
+            raise UserError(f"the engine failed to run ({self._logger.last_error}): free GPU memory and try again")
+
+    def close(self) -> None:
+        for buffer in self.owned.values():
+            buffer.free()
+        self.contexts.clear()
+        self.engine = self._runtime = None
+
+
+class EngineRefused(Exception):
+    """The library does not take a serialized engine that its sidecar vouches for."""
+
+
+def _within(shape: tuple[int, ...], limits: tuple) -> bool:
+    low, _, high = (tuple(limit) for limit in limits)
+    return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+
+class TensorRTRunner:
+    """See `lseg.runner.Runner`. Threads may share one; their calls take turns.
+
+    Args:
+        weights: as `--weights`.
+        folder: of the exported ONNX files.
+        options: the engines' folder, precision ("fp32", "tf32", "fp16"), form of MatMul ("4d", "3d", "2d", or None for
+            the precision's default), optimisation level, and where a line goes when an engine is built.
+        text_onnx: another CLIP text encoder, run by ONNX Runtime.
+        cuda_graphs: capture each pair of shapes once and launch it as a whole.
+
+    Raises:
+        UserError: no GPU, no TensorRT, no PyCUDA, or ONNX files that are missing or of other weights.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        folder: Path,
+        options: EngineOptions,
+        text_onnx: Path | None = None,
+        cuda_graphs: bool = True,
+    ):
+        trt = import_tensorrt()
+        precision = options.precision
+        self.matmul = options.matmul or DEFAULT_MATMUL[precision]
+        self.engines, self.say, self.use_graphs = options.folder, options.say, cuda_graphs
+        digest = sha256(resolve(weights))
+        metadata = read_metadata(folder / IMAGE_ONNX)
+        check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy_for("lseg_export.py", weights, folder))
+        self.config: dict = metadata["image_config"]
+        self.image_size: int = self.config["image_size"]
+        self.recipe = Recipe(folder, self.config, precision, self.matmul, options.optimization_level)
+        self.side = 2 * self.recipe.side  # of the embeddings: 240
+        self.text_session = None
+        if text_onnx:
+            from lseg.run_onnxruntime import TextSession
+
+            self.text_session = TextSession(text_onnx, self.config["embedding"])
+        else:
+            remedy = remedy_for("clip_onnx_export.py", weights, folder)
+            check_weights(folder / TEXT_ONNX, read_metadata(folder / TEXT_ONNX), "clip_textual", digest, remedy)
+        self.device = Device()
+        self.description = f"TensorRT {trt.__version__} ({self.device.name}), {precision}, {self.matmul} MatMuls"
+        self._lock = threading.RLock()
+        self._loaded: dict[str, Engine] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._text: np.ndarray | None = None  # the texts that the labels engine's buffer holds
+        with self.device:
+            self.stream = self.device.driver.Stream()
+
+    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
+        if self.text_session:
+            return self.text_session(tokens)
+        parts = []
+        with self._lock, self.device:
+            engine = self._engine("text")
+            for start in range(0, len(tokens), LABELS_A_PASS):
+                rows = tokens[start : start + LABELS_A_PASS].astype(np.int32)
+                context = engine.bind({"tokens": rows.shape})
+                source, result = engine.buffers["tokens"], engine.buffers["text"]
+                source.host[: rows.size] = rows.ravel()
+                source.upload(self.stream, rows.size)
+                engine.enqueue(context)
+                size = len(rows) * self.config["embedding"]
+                result.download(self.stream, size)
+                self.stream.synchronize()
+                parts.append(result.host[:size].reshape(len(rows), -1).copy())
+        return np.concatenate(parts)
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self._check(pixels)
+        parts = []
+        with self._lock, self.device:
+            for images in self._batches(pixels, 1):
+                buffer, size = self._embed(images)
+                found = np.empty(size, buffer.dtype)
+                self.device.driver.memcpy_dtoh(found, buffer.address)
+                side = self.side
+                parts.append(found.reshape(len(images), -1, side, side).astype(np.float32))
+        return np.concatenate(parts)
+
+    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+        self._check(pixels)
+        timings = Timings()
+        with self._lock, self.device:
+            work = self._segment if len(text) <= LABELS_A_PASS else self._segment_in_passes
+            batches = self._batches(pixels, len(text))
+            # The score is part of the engine: its time counts to encode_image.
+            maps = timings.measure("encode_image", lambda: [work(images, text) for images in batches])
+        labels = maps[0] if len(maps) == 1 else np.concatenate(maps)
+        timings.milliseconds.update({"preprocess": 0.0, "similarity": 0.0})
+        return Segmentation(labels, None, timings)
+
+    def _check(self, pixels: np.ndarray) -> None:
+        size = self.image_size
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
+            raise UserError(f"images of shape {list(pixels.shape)} do not fit: give uint8 [B, {size}, {size}, 3]")
+        if len(pixels) > MAX_BATCH:
+            raise UserError(f"{len(pixels)} images are more than the {MAX_BATCH} that one call takes: split the batch")
+
+    def _batches(self, pixels: np.ndarray, labels: int) -> list[np.ndarray]:
+        """Images one by one where the 2-D form or many labels want it, else all at once."""
+        single = self.matmul == "2d" or labels > LABELS_IN_BATCH
+        return [pixels[i : i + 1] for i in range(len(pixels))] if single else [pixels]
+
+    def _segment(self, pixels: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Up to 256 labels: one engine, one copy in, one copy out. uint8 [B, S, S]."""
+        engine = self._engine("labels")
+        if self._text is None or self._text.shape != text.shape or not np.array_equal(self._text, text):
+            buffer = engine.buffers["text"]
+            buffer.host[: text.size] = text.ravel()
+            buffer.upload(self.stream, text.size)
+            self._text = text.copy()
+        source, result = engine.buffers["pixels"], engine.buffers["labels"]
+        source.host[: pixels.size] = pixels.ravel()
+        shape = (len(pixels), self.image_size, self.image_size)
+        size = int(np.prod(shape))
+        key = (len(pixels), len(text))
+
+        def work() -> None:
+            source.upload(self.stream, pixels.size)
+            engine.enqueue(context)
+            result.download(self.stream, size)
+
+        if key in self._graphs:
+            self._graphs[key].launch()
+        else:
+            context = engine.bind({"pixels": pixels.shape, "text": text.shape})
+            work()  # the library's first run of a shape may allocate, which a capture forbids
+            if self.use_graphs:
+                self.stream.synchronize()
+                while len(self._graphs) >= 16:
+                    self._graphs.pop(next(iter(self._graphs))).close()
+                self._graphs[key] = Graph(self.stream, work)
+        self.stream.synchronize()
+        return result.host[:size].reshape(shape).copy()
+
+    def _segment_in_passes(self, pixels: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Any number of labels: the embeddings stay on the GPU, groups of labels keep a running maximum there."""
+        shape = (len(pixels), self.image_size, self.image_size)
+        size = int(np.prod(shape))
+        embeddings, _ = self._embed(pixels)
+        engine = self._engine("pass")
+        best, labels, offset = (engine.buffers[name] for name in ("best_before", "labels_before", "offset"))
+        best.fill(self.stream, -2.0, size)  # below every cosine
+        labels.fill(self.stream, 0.0, size)
+        for start in range(0, len(text), LABELS_A_PASS):
+            group = text[start : start + LABELS_A_PASS]
+            side = self.side
+            context = engine.bind(
+                {
+                    "embeddings": (len(pixels), self.config["embedding"], side, side),
+                    "text": group.shape,
+                    "offset": (1,),
+                    "best_before": shape,
+                    "labels_before": shape,
+                }
+            )
+            context.set_tensor_address("embeddings", embeddings.address)
+            self.stream.synchronize()  # the host's copies below are still being read
+            engine.buffers["text"].host[: group.size] = group.ravel()
+            engine.buffers["text"].upload(self.stream, group.size)
+            offset.host[0] = start
+            offset.upload(self.stream, 1)
+            engine.enqueue(context)
+            for name in ("best", "labels"):
+                source, target = engine.buffers[name], engine.buffers[f"{name}_before"]
+                self.device.driver.memcpy_dtod_async(target.address, source.address, size * 4, self.stream)
+        labels.download(self.stream, size)
+        self.stream.synchronize()
+        return labels.host[:size].reshape(shape).astype(np.int32)
+
+    def _embed(self, pixels: np.ndarray) -> tuple[Buffer, int]:
+        """Pixel embeddings in the engine's own buffer on the GPU, and how many numbers they are."""
+        engine = self._engine("embeddings")
+        context = engine.bind({"pixels": pixels.shape})
+        source = engine.buffers["pixels"]
+        source.host[: pixels.size] = pixels.ravel()
+        source.upload(self.stream, pixels.size)
+        engine.enqueue(context)
+        self.stream.synchronize()
+        return engine.buffers["embeddings"], len(pixels) * self.config["embedding"] * self.side**2
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._loaded:
+            spec = self.recipe.spec(name)
+            for attempt in (0, 1):
+                serialized = get_engine(spec, lambda: self.recipe.prepare(name), self.engines, self.device, self.say)
+                try:
+                    self._loaded[name] = Engine(self.device, serialized, self.stream, self._shared(name))
+                    break
+                except EngineRefused as error:
+                    if attempt:
+                        raise UserError(f"TensorRT does not load the engine that it built ({error})") from error
+                    self.say(f"the {name} engine does not load ({error}); it is built again")
+                    discard(engine_path(self.engines, provenance(spec, self.device)))
+        return self._loaded[name]
+
+    def _shared(self, name: str) -> dict[str, Buffer]:
+        """A pass reads the embeddings where the image engine wrote them."""
+        return {"embeddings": self._engine("embeddings").buffers["embeddings"]} if name == "pass" else {}
+
+    def close(self) -> None:
+        if self.device._context is None:
+            return
+        with self._lock, self.device:
+            for graph in self._graphs.values():
+                graph.close()
+            for engine in reversed(self._loaded.values()):
+                engine.close()
+            self._graphs, self._loaded, self.stream = {}, {}, None
+        self.device.close()
+
+    def __enter__(self) -> TensorRTRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,47 @@
+"""Writes what PyTorch in float32 makes of a data set, for `check_tensorrt.py` to agree with.
+
+python tests/gpu/make_reference.py camvid/test REF.npz
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from lseg.image import read_image, to_pixels  # noqa: E402
+from lseg.run_torch import TorchRunner  # noqa: E402
+from lseg.tokenizer import Tokenizer  # noqa: E402
+from testlseg import CAMVID, find_pairs  # noqa: E402
+
+
+def main(dataset: Path, output: Path) -> None:
+    tokens = Tokenizer()([name.strip() for name in CAMVID.split(",")])
+    rng = np.random.default_rng(7)
+    random_text = rng.standard_normal((1000, 512)).astype(np.float32)
+    random_text /= np.linalg.norm(random_text, axis=1, keepdims=True)
+    with TorchRunner("demo") as runner:
+        text = runner.encode_text(tokens)
+        photos = [photo for photo, _ in find_pairs(dataset)]
+        labels = [runner.segment(to_pixels(read_image(photo))[None], text).labels[0] for photo in photos]
+        temple = to_pixels(read_image(ROOT / "image" / "temple.jpg"))[None]
+        counts = {f"random_labels_{n}": runner.segment(temple, random_text[:n]).labels[0] for n in (1, 2, 8, 150, 1000)}
+        np.savez_compressed(
+            output,
+            tokens=tokens,
+            text=text,
+            names=np.array([photo.name for photo in photos]),
+            labels=np.array(labels, np.uint8),
+            photo_labels=runner.segment(temple, text).labels[0].astype(np.uint8),
+            photo_embeddings=runner.encode_image(temple)[0][:, ::8, ::8],
+            random_text=random_text,
+            **{name: value.astype(np.uint16) for name, value in counts.items()},
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,234 @@
+"""Engines built on the CPU with TensorRT-RTX, which has TensorRT 10's API and needs no GPU to build."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lseg import checkpoint, engine, specs
+from lseg.engine import EngineSpec, engine_path, get_engine, mismatch, provenance
+from lseg.errors import UserError
+from lseg.export import export_onnx
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
+from lseg.recipes import Recipe
+from tests.checkpoints import write_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = SimpleNamespace(name="a GPU", compute_capability="8.9")
+
+
+@pytest.fixture
+def trt(monkeypatch):
+    """TensorRT-RTX in TensorRT's place."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (see requirements-dev.txt)")
+    monkeypatch.setitem(sys.modules, "tensorrt", rtx)
+    return rtx
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    weights = checkpoint.load(write_tiny(folder / "tiny.safetensors", seed=5).path)
+    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
+    text = checkpoint.load_text_encoder(weights)
+    export_onnx(specs.text_spec(text, specs.weights_metadata(weights)), folder / TEXT_ONNX)
+    return folder
+
+
+def recipe(folder: Path, precision: str = "fp32", matmul: str = "4d") -> Recipe:
+    return Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
+
+
+def ranks_of_products(trt, serialized_onnx: bytes) -> set[tuple[int, int]]:
+    """Ranks of both operands of every matrix product in the network that the parser makes."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(serialized_onnx)
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    products = [layer for layer in layers if layer.type == trt.LayerType.MATRIX_MULTIPLY]
+    return {tuple(len(layer.get_input(i).shape) for i in (0, 1)) for layer in products}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
+def test_every_engine_builds(trt, exported, tmp_path, precision, matmul):
+    made = recipe(exported, precision, matmul)
+    for name in ("labels", "embeddings", "pass", "text"):
+        spec = made.spec(name)
+        assert get_engine(spec, lambda name=name: made.prepare(name), tmp_path, DEVICE, say=lambda _: None)
+        path = engine_path(tmp_path, provenance(spec, DEVICE))
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+        assert sidecar["tensorrt"] == trt.__version__
+        assert sidecar["onnx_sha256"] == engine.sha256(exported / (TEXT_ONNX if name == "text" else IMAGE_ONNX))
+        assert sidecar["precision"] == ("fp32" if name == "text" and precision == "fp16" else precision)
+        assert (sidecar["gpu"], sidecar["compute_capability"]) == ("a GPU", "8.9")
+        assert sidecar["profiles"] and sidecar["build_seconds"] >= 0
+    assert not list(tmp_path.glob(".build-*")) and not list(tmp_path.glob("*.onnx"))
+
+
+def test_ranks_in_the_parsed_network(trt, exported):
+    ranks = {
+        form: ranks_of_products(trt, recipe(exported, "fp32", form).prepare("labels").SerializeToString())
+        for form in ("4d", "3d")
+    }
+    assert (4, 4) in ranks["4d"]
+    assert max(max(pair) for pair in ranks["3d"]) == 3
+
+
+def test_profiles_bound_the_scores(exported):
+    """A batch times its labels never exceeds 256, so that scores take at most 300 MB."""
+    for matmul in ("4d", "2d"):
+        for profile in recipe(exported, "fp16", matmul).profiles("labels"):
+            assert profile["pixels"][2][0] * profile["text"][2][0] <= 256
+    batches = [profile["pixels"] for profile in recipe(exported).profiles("labels")]
+    assert [(low[0], high[0]) for low, _, high in batches] == [(1, 1), (2, 8)]
+
+
+@pytest.fixture
+def built(trt, exported, tmp_path):
+    """A small engine on disk: its spec, path, and a function that asks for it and counts builds."""
+    made = recipe(exported)
+    spec, calls, lines = made.spec("pass"), [], []
+
+    def get() -> bytes:
+        def prepare():
+            calls.append(1)
+            return made.prepare("pass")
+
+        return get_engine(spec, prepare, tmp_path, DEVICE, lines.append)
+
+    first = get()
+    return SimpleNamespace(
+        spec=spec, path=engine_path(tmp_path, provenance(spec, DEVICE)), get=get, calls=calls, lines=lines, first=first
+    )
+
+
+def test_an_engine_is_built_once(built):
+    assert built.get() == built.first and len(built.calls) == 1
+    assert built.lines == [f"building {built.path.name} (there is none yet); this takes minutes at full size"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(b""), "its contents do not match its sidecar"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "its contents do not match its sidecar"),
+        (lambda path: path.with_suffix(".json").unlink(), "its sidecar is missing or damaged"),
+        (lambda path: path.with_suffix(".json").write_text("{"), "its sidecar is missing or damaged"),
+        (lambda path: path.with_suffix(".json").write_text("[]"), "its sidecar is damaged"),
+        (lambda path: change(path, tensorrt="9.9"), "it was made with another tensorrt"),
+        (lambda path: change(path, gpu="another GPU"), "it was made with another gpu"),
+        (lambda path: change(path, onnx_sha256="0"), "it was made with another onnx_sha256"),
+        (lambda path: change(path, profiles=[]), "it was made with another profiles"),
+    ],
+)
+def test_a_doubtful_engine_is_built_again(built, damage, reason):
+    damage(built.path)
+    assert mismatch(built.path, provenance(built.spec, DEVICE)) == reason
+    built.get()
+    assert len(built.calls) == 2 and f"({reason})" in built.lines[-1]
+    assert mismatch(built.path, provenance(built.spec, DEVICE)) is None
+
+
+def change(path: Path, **values: object) -> None:
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | values))
+
+
+def test_names_tell_engines_apart(trt, exported):
+    made = recipe(exported)
+    one = engine_path(Path(), provenance(made.spec("labels"), DEVICE))
+    other_gpu = engine_path(
+        Path(), provenance(made.spec("labels"), SimpleNamespace(name="x", compute_capability="8.9"))
+    )
+    assert one != other_gpu and one.name.startswith("labels_fp32_4d_sm89_trt")
+
+
+def build_in_process(exported: Path, folder: Path, queue) -> None:
+    import tensorrt_rtx
+
+    sys.modules["tensorrt"] = tensorrt_rtx
+    made, calls = recipe(exported), []
+
+    def prepare():
+        calls.append(1)
+        return made.prepare("pass")
+
+    get_engine(made.spec("pass"), prepare, folder, DEVICE, lambda _: None)
+    queue.put(len(calls))
+
+
+def test_two_processes_build_one_engine(trt, exported, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=build_in_process, args=(exported, tmp_path, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    counts = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(counts) == [0, 1]
+    made = provenance(recipe(exported).spec("pass"), DEVICE)
+    assert mismatch(engine_path(tmp_path, made), made) is None
+
+
+def test_a_rejected_graph_names_the_node(trt, exported, tmp_path):
+    import onnx
+
+    model = recipe(exported).prepare("pass")
+    model.graph.node[0].op_type = "NoSuchOperation"
+    spec = EngineSpec("pass", "0", "fp32", "4d", recipe(exported).profiles("pass"))
+    with pytest.raises(UserError, match=r"rejects the pass graph at node 0 \(NoSuchOperation .*\): .*; export"):
+        get_engine(
+            spec, lambda: onnx.ModelProto.FromString(model.SerializeToString()), tmp_path, DEVICE, lambda _: None
+        )
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_failed_build_leaves_nothing(trt, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
+    made = recipe(exported)
+    with pytest.raises(UserError, match="cannot build the pass engine"):
+        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path, DEVICE, lambda _: None)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_a_folder_that_cannot_be_written(trt, exported, tmp_path):
+    (tmp_path / "file").write_text("")
+    made = recipe(exported)
+    with pytest.raises(UserError, match=r"file/engines cannot be written .*--engines"):
+        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path / "file" / "engines", DEVICE, print)
+
+
+def test_an_old_tensorrt_is_named(trt, exported, tmp_path, monkeypatch):
+    old = SimpleNamespace(__version__="8.6.1", NetworkDefinitionCreationFlag=SimpleNamespace(), ILogger=trt.ILogger)
+    old.Builder = trt.Builder
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    made = recipe(exported)
+    with pytest.raises(UserError, match=r"TensorRT 8\.6\.1 has no strongly typed networks: install 10 or later"):
+        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path, DEVICE, lambda _: None)
+
+
+def test_without_tensorrt(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UserError, match="TensorRT cannot be imported .*pip install tensorrt"):
+        engine.import_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
+    with pytest.raises(UserError, match="without its libraries"):
+        engine.import_tensorrt()
+
+
+def test_calls_against_the_stubs_of_tensorrt_10():
+    pytest.importorskip("pyright", reason="pyright is not installed (see requirements-dev.txt)")
+    if not list(Path(sys.prefix).glob("lib/python3*/site-packages/tensorrt/__init__.pyi")):
+        pytest.skip("tensorrt-stubs is not installed (./requirements.sh --dev installs it)")
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "lseg/engine.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout
