@@ -1,0 +1,235 @@
+"""Segments photos by words.
+
+    python enginerun.py                                            a bundled photo, the demo weights
+    python enginerun.py PHOTO.jpg FOLDER --labels "car, road, sky, other"
+    python enginerun.py PHOTO.jpg --weights demo_e200.ckpt         the official weights
+
+For each photo, a picture of the photo, the overlay and the legend goes to image/, as NAME_lseg.png for a photo of that
+name. ONNX files and TensorRT engines that are missing are made first. The run ends at the first photo that cannot be
+read; the pictures made until then stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lseg.errors import UserError, run, short
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lseg.runner import Runner, Timings
+
+ROOT = Path(__file__).resolve().parent
+PHOTO = ROOT / "image" / "temple.jpg"
+PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
+LABELS = "sky, building, tree, road, pavement, person, car, other"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "photos", nargs="*", type=short, default=[short(PHOTO)], metavar="PHOTO", help="image files or folders of them"
+    )
+    parser.add_argument("--labels", default=LABELS, help=f"words, separated by commas (default: {LABELS})")
+    parser.add_argument("--weights", default="demo", help="'demo', demo_e200.ckpt, or a state dict (.pt, .safetensors)")
+    parser.add_argument("--backend", choices=("auto", "tensorrt", "onnxruntime", "torch"), default="auto")
+    parser.add_argument(
+        "--onnx", type=short, default=str(ROOT / "onnx"), metavar="DIR", help="folder of the exported files (onnx/)"
+    )
+    parser.add_argument("--text-onnx", type=short, metavar="FILE", help="a ready-made CLIP text encoder as ONNX")
+    engine = parser.add_argument_group("TensorRT engines")
+    engine.add_argument("--precision", choices=("fp32", "tf32", "fp16"), default="fp16", help="default: fp16")
+    engine.add_argument("--matmul", choices=("4d", "3d", "2d"), help="form of attention's products (default: 4d)")
+    engine.add_argument("--opt-level", type=int, default=3, choices=range(6), help="the builder's effort (default: 3)")
+    engine.add_argument(
+        "--engines", type=short, default=str(ROOT / "engines"), metavar="DIR", help="folder of the engines (engines/)"
+    )
+    parser.add_argument("--re-export", action="store_true", help="export the ONNX files again, whatever is there")
+    parser.add_argument(
+        "--output", type=short, default=str(ROOT / "image"), metavar="DIR", help="folder of the pictures (image/)"
+    )
+    parser.add_argument("--save-labels", action="store_true", help="write each label map too (PNG of indices and JSON)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    from lseg.labels import label_dtype, palette, parse_labels
+    from lseg.runner import Timings, choose_backend
+    from lseg.tokenizer import Tokenizer
+    from lseg.weights import resolve
+
+    say = (lambda *_: None) if args.quiet else print
+    labels = parse_labels(args.labels)
+    label_dtype(len(labels.names))  # says so now if a label map cannot hold that many
+    tokens = Tokenizer()(labels.names)
+    photos, notes = list_photos(args.photos)
+    backend = choose_backend(args.backend)
+    resolve(args.weights)
+    for note in (*labels.notes, *notes):
+        say(f"note: {note}")
+    with output_folder(args.output):
+        with open_backend(backend, args, say) as runner:
+            say(f"{runner.description}; weights: {args.weights}")
+            timings = Timings()
+            text = timings.measure("encode_text", lambda: runner.encode_text(tokens))
+            colours = palette(labels.names)
+            for photo, name in zip(photos, output_names(photos, args.output), strict=True):
+                picture = segment_photo(photo, name, runner, text, labels.names, colours, args, timings)
+                say(f"{photo} -> {picture}")
+    say(report(timings, len(photos)))
+    return 0
+
+
+def open_backend(backend: str, args: argparse.Namespace, say: Callable[[str], object]) -> Runner:
+    """Opens the backend on exported files; under "auto", where TensorRT cannot be used, the next one with a note."""
+    from lseg.runner import EngineOptions, available_backends, open_runner
+
+    if backend != "torch":
+        export_missing(args)
+    engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
+    try:
+        return open_runner(backend, args.weights, args.onnx, args.text_onnx, engines)
+    except UserError as error:
+        others = [name for name in available_backends() if name != "tensorrt"]
+        if args.backend != "auto" or backend != "tensorrt" or not others:
+            raise
+        say(f"note: TensorRT is left out ({error})")
+        return open_runner(others[0], args.weights, args.onnx, args.text_onnx)
+
+
+def list_photos(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The photos meant by files and folders, each once, and notes on what is left out.
+
+    Files that an earlier run wrote into a folder are not taken for its photos.
+
+    Raises:
+        UserError: a path does not exist or cannot be read, or a folder holds no photo.
+    """
+    from lseg.image import find_images
+
+    photos: dict[str, Path] = {}
+    notes = []
+    for path in paths:
+        found = find_images([path])
+        if path.is_dir():
+            every = len(found)
+            found = [file for file in found if not file.name.endswith((PICTURE, LABEL_MAP))]
+            if not found:
+                raise UserError(f"the folder {path} holds no photo, only what this program wrote; give one with photos")
+            if len(found) < every:
+                notes.append(f"{every - len(found)} in {path} left out: files of that name are what this program wrote")
+        for file in found:
+            if photos.setdefault(os.path.realpath(file), file) is not file:
+                notes.append(f"{file} is given more than once, and segmented once")
+    return list(photos.values()), notes
+
+
+def output_names(photos: Sequence[Path], folder: Path) -> list[str]:
+    """What each photo's files in `folder` begin with: its name without suffix.
+
+    A number is added where files would overwrite another photo's, or a photo itself.
+    """
+    folder = Path(os.path.realpath(folder))
+    taken = {os.path.realpath(photo) for photo in photos}
+    taken |= {os.path.join(os.path.realpath(photo.parent), photo.name) for photo in photos}  # a link counts as well
+    names = []
+    for photo in photos:
+        for number in count(1):
+            name = photo.stem if number == 1 else f"{photo.stem}_{number}"
+            files = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING)}
+            if not files & taken:
+                break
+        taken |= files
+        names.append(name)
+    return names
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Makes the folder, proves that it can be written, and takes it away again if an error leaves it empty."""
+    from lseg.image import writable_folder
+
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+    writable_folder(path)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty ends it
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def export_missing(args: argparse.Namespace) -> None:
+    """Exports what is not there; this is the one step that needs torch."""
+    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
+
+    files = {IMAGE_ONNX: "lseg_export", SIMILARITY_ONNX: "lseg_export", TEXT_ONNX: "clip_onnx_export"}
+    if args.text_onnx:
+        del files[TEXT_ONNX]
+    wanted = {name: script for name, script in files.items() if args.re_export or not (args.onnx / name).exists()}
+    if wanted and not importlib.util.find_spec("torch"):
+        raise UserError(
+            f"{args.onnx / next(iter(wanted))} is to be exported, and torch is not installed: run './requirements.sh', "
+            "or bring the ONNX files from where they were exported"
+        )
+    options = [f"--weights={args.weights}", f"--output={args.onnx}", *(["--quiet"] if args.quiet else [])]
+    for name in dict.fromkeys(wanted.values()):
+        script = importlib.import_module(name)
+        script.main(script.parse_args(options))
+
+
+def segment_photo(
+    path: Path,
+    output: str,
+    runner: Runner,
+    text: np.ndarray,
+    names: Sequence[str],
+    colours: np.ndarray,
+    args: argparse.Namespace,
+    timings: Timings,
+) -> Path:
+    """Segments one photo and writes its files, whose names begin with `output`; returns the picture's path."""
+    from lseg.draw import overlay, panel, shares
+    from lseg.image import labels_to_photo, read_image, to_pixels, write_image
+    from lseg.labels import save_label_map
+
+    photo = timings.measure("decode", lambda: read_image(path))
+    pixels = timings.measure("preprocess", lambda: to_pixels(photo, runner.image_size)[None])
+    result = runner.segment(pixels, text)
+    timings.add(result.timings)
+    height, width = photo.shape[:2]
+    picture = args.output / f"{output}{PICTURE}"
+
+    def draw() -> None:
+        labels = labels_to_photo(result.labels[0], width, height)
+        overlaid = overlay(photo, labels, colours)
+        write_image(picture, panel(photo, overlaid, names, colours, shares(labels, len(names))))
+        if args.save_labels:
+            save_label_map(args.output / f"{output}{LABEL_MAP}", labels, names, colours)
+
+    timings.measure("draw", draw)
+    return picture
+
+
+def report(timings: Timings, photos: int) -> str:
+    """One line with the milliseconds of each stage."""
+    from lseg.runner import STAGES
+
+    per = "" if photos == 1 else f" in all for {photos} photos"
+    return "milliseconds" + per + ": " + ", ".join(f"{name} {timings.milliseconds[name]:.1f}" for name in STAGES)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    run(lambda: main(parse_args()))

@@ -1,0 +1,164 @@
+"""LSeg on ONNX Runtime: CUDA where the installed build has it, else the CPU. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from lseg import tensorfile
+from lseg.errors import UserError
+from lseg.image import normalise
+from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, check_weights, parse_metadata, remedy_for
+from lseg.runner import Segmentation, Timings, merge_passes
+from lseg.weights import REMEDY, resolve
+
+TEXT_REMEDY = "give CLIP ViT-B/32's text encoder, or leave --text-onnx out"
+
+
+def open_session(path: Path, remedy: str, providers: list | None = None) -> ort.InferenceSession:
+    """Opens an ONNX file; raises UserError, ending in `remedy`, where it is missing, cut short or no ONNX file."""
+    if not path.is_file():
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: {remedy}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors come as exceptions; the rest is not for the user
+    try:
+        return ort.InferenceSession(path, options, providers=providers or default_providers())
+    except Exception as error:  # ONNX Runtime has a class of its own for each cause
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is damaged, cut short or no ONNX file ({reason}): {remedy}") from error
+
+
+def default_providers() -> list:
+    """CUDA in full float32 (TF32 off), where this build of ONNX Runtime has it, then the CPU."""
+    providers: list = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    return providers
+
+
+class TextSession:
+    """A CLIP text encoder as ONNX: this project's, or a ready-made one (integer tokens in, vectors out)."""
+
+    def __init__(self, path: Path, dimension: int | None = None, remedy: str = TEXT_REMEDY):
+        self.session = open_session(path, remedy)
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        types = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
+        if len(inputs) != 1 or len(shape := inputs[0].shape) == 1 or len(shape) == 3:
+            raise UserError(f"{path} is no text encoder, which takes one input of tokens [N, 77]: {remedy}")
+        if len(shape) > 3:
+            raise UserError(f"{path} takes images, not tokens, so it is an image encoder: {remedy}")
+        if inputs[0].type not in types:
+            raise UserError(f"{path} takes {inputs[0].type}, not int32 or int64 tokens: {remedy}")
+        length = shape[-1] if shape else None  # ONNX Runtime gives [] where a file does not say
+        if isinstance(length, int) and length != 77:
+            raise UserError(f"{path} takes rows of {length} tokens, and CLIP's have 77: {remedy}")
+        self.path, self.dimension, self.remedy = path, dimension, remedy
+        self.input, self.dtype, self.output = inputs[0].name, types[inputs[0].type], outputs[0].name
+        self.one_by_one = shape[:1] == [1]
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        return parse_metadata(self.session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens int32 [N, 77] to unit vectors float32 [N, D]; raises UserError where the vectors are unusable."""
+        rows = tokens.astype(self.dtype)
+        step = 1 if self.one_by_one else 256
+        try:
+            parts = [
+                self.session.run([self.output], {self.input: rows[i : i + step]})[0] for i in range(0, len(rows), step)
+            ]
+            text = np.concatenate(parts)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{self.path} does not take CLIP's tokens [{len(rows)}, 77] ({reason}): {self.remedy}"
+            ) from error
+        if text.ndim != 2 or len(text) != len(rows) or text.shape[1] != (self.dimension or text.shape[1]):
+            wanted = f"[{len(rows)}, {self.dimension or 'D'}]"
+            raise UserError(f"{self.path} gives vectors of shape {list(text.shape)}, not {wanted}: {self.remedy}")
+        text = text.astype(np.float64)  # squares of large numbers stay finite
+        length = np.linalg.norm(text, axis=1, keepdims=True)
+        if not np.isfinite(length).all() or (length == 0).any():
+            raise UserError(f"{self.path} gives vectors that are zero or not finite: {self.remedy}")
+        return (text / length).astype(np.float32)
+
+
+class OnnxRuntimeRunner:
+    """See `lseg.runner.Runner`."""
+
+    def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None):
+        sha256 = tensorfile.sha256(resolve(weights))
+        self.remedy = remedy_for("lseg_export.py", weights, folder)
+        try:
+            self.image = self._open(folder / IMAGE_ONNX, "lseg", sha256)
+            self.scoring = self._open(folder / SIMILARITY_ONNX, "similarity", sha256)
+            self.image_size = self.image.get_inputs()[0].shape[2]
+            dimension = self.image.get_outputs()[0].shape[1]
+            if text_onnx is None:
+                path, remedy = folder / TEXT_ONNX, remedy_for("clip_onnx_export.py", weights, folder)
+                self.text = TextSession(path, dimension, remedy)
+                check_weights(path, self.text.metadata, "clip_textual", sha256, remedy)
+            else:
+                self.text = TextSession(text_onnx, dimension)
+        except UserError:
+            if importlib.util.find_spec("torch"):
+                tensorfile.read(resolve(weights), REMEDY)  # what is no checkpoint at all is better told so
+            raise
+        on_gpu = "CUDAExecutionProvider" in self.image.get_providers()
+        self.device = "cuda" if on_gpu else "cpu"
+        self.description = f"ONNX Runtime {ort.__version__} ({'CUDA' if on_gpu else 'CPU'}), float32"
+
+    def _open(self, path: Path, kind: str, sha256: str) -> ort.InferenceSession:
+        session = open_session(path, self.remedy)
+        check_weights(path, parse_metadata(session.get_modelmeta().custom_metadata_map), kind, sha256, self.remedy)
+        return session
+
+    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
+        return self.text(tokens)
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        return self._embed(normalise(pixels)).numpy()
+
+    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+        timings = Timings()
+        images = timings.measure("preprocess", lambda: normalise(pixels))
+        embeddings = timings.measure("encode_image", lambda: self._embed(images))
+        score = lambda part: self._score(embeddings, part)  # noqa: E731
+        labels, best = timings.measure("similarity", lambda: merge_passes(text, len(pixels), score))
+        return Segmentation(labels, best, timings)
+
+    def _embed(self, images: np.ndarray) -> ort.OrtValue:
+        """float32 [B, 3, S, S] to embeddings that stay on the device."""
+        fixed = self.image.get_inputs()[0].shape[0]
+        if isinstance(fixed, int) and fixed != len(images):
+            raise UserError(
+                f"the exported image encoder takes {fixed} image(s) at a time, not {len(images)}: {self.remedy}"
+            )
+        binding = self.image.io_binding()
+        binding.bind_cpu_input("image", images)
+        binding.bind_output("embeddings", self.device)
+        self.image.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return binding.get_outputs()[0]
+
+    def _score(self, embeddings: ort.OrtValue, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        binding = self.scoring.io_binding()
+        binding.bind_ortvalue_input("embeddings", embeddings)
+        binding.bind_cpu_input("text", np.ascontiguousarray(text))
+        binding.bind_output("labels")
+        binding.bind_output("best")
+        self.scoring.run_with_iobinding(binding)
+        return tuple(value.numpy() for value in binding.get_outputs())
+
+    def close(self) -> None:
+        self.image = self.scoring = self.text = None
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

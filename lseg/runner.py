@@ -1,0 +1,177 @@
+"""What every backend offers: the same arrays in, the same results and timing fields out."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from lseg.errors import UserError
+
+# Labels scored in one pass of a batch of one. The scores at 240 x 240 and at 480 x 480 take 1.15 MB a label: a pass
+# stays under 300 MB, whatever the number of labels.
+LABELS_A_PASS = 256
+STAGES = ("decode", "preprocess", "encode_text", "encode_image", "similarity", "draw")
+
+T = TypeVar("T")
+
+
+@dataclass
+class Timings:
+    """Milliseconds of each stage, added up over calls. A stage ends when its device is done."""
+
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, stage: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
+        return result
+
+    def add(self, other: Timings) -> None:
+        for stage, value in other.milliseconds.items():
+            self.milliseconds[stage] = self.milliseconds.get(stage, 0.0) + value
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A batch's label maps: labels [B, S, S], indices of the texts (int32; uint8 from TensorRT up to 256 labels).
+
+    `best` holds their cosines, float32 [B, S, S], where the backend gives them.
+    """
+
+    labels: np.ndarray
+    best: np.ndarray | None
+    timings: Timings
+
+
+class Runner(Protocol):
+    """One backend with LSeg loaded. Use as a context manager, or close it.
+
+    Attributes:
+        description: the backend, its version and device, for the user.
+        image_size: S, the side of the network's square input.
+    """
+
+    description: str
+    image_size: int
+
+    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens int32 [N, 77] to unit vectors float32 [N, D]."""
+        ...
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels uint8 [B, S, S, 3], RGB, to unit pixel embeddings float32 [B, D, S / 2, S / 2]."""
+        ...
+
+    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+        """pixels uint8 [B, S, S, 3], RGB, and texts float32 [N, D] to label maps."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def merge_passes(
+    text: np.ndarray, batch: int, score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores any number of labels in passes of bounded memory, keeping a running maximum.
+
+    Args:
+        text: float32 [N, D].
+        batch: B, images scored at once.
+        score: texts [n, D] to (labels int32 [B, S, S], best float32 [B, S, S]) among those n.
+
+    Returns:
+        labels and best over all N; of equal scores the first label wins, as in a single pass.
+    """
+    step = max(1, LABELS_A_PASS // batch)
+    labels, best = score(text[:step])
+    for start in range(step, len(text), step):
+        more_labels, more_best = score(text[start : start + step])
+        better = more_best > best
+        labels = np.where(better, more_labels + np.int32(start), labels)
+        best = np.where(better, more_best, best)
+    return labels, best
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that this machine can run, the preferred one first."""
+    names = ["tensorrt"] if _has_tensorrt() else []
+    return names + [name for name in ("onnxruntime", "torch") if importlib.util.find_spec(name)]
+
+
+def _has_tensorrt() -> bool:
+    """Whether TensorRT and PyCUDA are installed and the driver offers a GPU, found out without importing them."""
+    from lseg.cuda import gpu_count
+
+    specs = [importlib.util.find_spec(name) for name in ("tensorrt", "pycuda")]
+    return all(spec is not None and spec.origin is not None for spec in specs) and gpu_count() > 0
+
+
+def choose_backend(backend: str) -> str:
+    """The backend that a name means: "auto" is the first available. Raises UserError where it is not installed."""
+    available = available_backends()
+    if backend == "auto":
+        if not available:
+            raise UserError("neither onnxruntime nor torch is installed: run './requirements.sh'")
+        return available[0]
+    # TensorRT's runner says itself what is missing: the library, PyCUDA, the driver or the GPU.
+    if backend not in available and backend != "tensorrt":
+        raise UserError(f"the backend '{backend}' is not installed: run './requirements.sh', or choose another")
+    return backend
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What only the TensorRT backend takes: see `lseg.run_tensorrt.TensorRTRunner`."""
+
+    folder: Path = Path("engines")
+    precision: str = "fp16"
+    matmul: str | None = None
+    optimization_level: int = 3
+    say: Callable[[str], object] = print
+
+
+def open_runner(
+    backend: str,
+    weights: str,
+    onnx_folder: Path,
+    text_onnx: Path | None = None,
+    engines: EngineOptions | None = None,
+) -> Runner:
+    """Opens a backend.
+
+    Args:
+        backend: "auto" (the first available), "tensorrt", "onnxruntime" or "torch".
+        weights: as `--weights`: "demo" or a path.
+        onnx_folder: where the exported files are; the torch backend reads the checkpoint itself.
+        text_onnx: another CLIP text encoder as ONNX, in place of the weights' own.
+        engines: how TensorRT's engines are built and where they are kept.
+
+    Raises:
+        UserError: the backend is not installed, or its files are missing or do not belong to the weights.
+    """
+    chosen = choose_backend(backend)
+    if chosen == "torch":
+        from lseg.run_torch import TorchRunner
+
+        return TorchRunner(weights, text_onnx)
+    if chosen == "tensorrt":
+        from lseg.run_tensorrt import TensorRTRunner
+
+        return TensorRTRunner(weights, onnx_folder, engines or EngineOptions(), text_onnx)
+    from lseg.run_onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(weights, onnx_folder, text_onnx)
