@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lseg.errors import UserError
+from lseg.files import locked, write_files
 from lseg.tensorfile import sha256
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # for each input: smallest, usu
 class EngineSpec:
     """What an engine is made from. Two specs that are equal give interchangeable engines."""
 
-    name: str  # "labels", "text", "embeddings" or "pass"
+    name: str  # "labels", "scores", "embeddings", "pass" or "text"
     onnx_sha256: str  # of the exported file that the graph is prepared from
     precision: str  # "fp32", "tf32" or "fp16"
     matmul: str  # "4d", "3d" or "2d"
@@ -93,7 +91,7 @@ def get_engine(
     reason = mismatch(path, made_from)
     if reason is None:
         return path.read_bytes()
-    with locked(folder / f".{path.name}.lock"):
+    with locked(folder / f".{path.name}.lock", "choose another with --engines"):
         reason = mismatch(path, made_from)  # another process may have built it meanwhile
         if reason is None:
             return path.read_bytes()
@@ -102,9 +100,8 @@ def get_engine(
         serialized = build(spec, prepare(), folder)
         sidecar = {**made_from, "engine_sha256": hashlib.sha256(serialized).hexdigest()}
         sidecar["build_seconds"] = round(time.perf_counter() - start, 1)
-        write_atomically(path, serialized)
-        # Last: an engine without its sidecar counts for nothing.
-        write_atomically(path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode())
+        # The sidecar last: an engine without it counts for nothing.
+        write_files({path: serialized, path.with_suffix(".json"): (json.dumps(sidecar, indent=1) + "\n").encode()})
     return serialized
 
 
@@ -187,7 +184,7 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
         reason = logger.last_error or "it gives no reason"
         raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): free GPU memory")
     if cache is not None:
-        write_atomically(cache_file, bytes(config.get_timing_cache().serialize()))
+        write_files({cache_file: bytes(config.get_timing_cache().serialize())})
     return bytes(serialized)
 
 
@@ -240,32 +237,3 @@ def make_progress(trt, name: str):
                     self.bar.close()
 
     return Progress()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes under a temporary name beside `path` and renames; UserError where that cannot be done."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another with --engines") from error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a file lock, so that two processes do not build the same engine at once. The system drops it at exit."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}): choose another with --engines") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -24,12 +26,43 @@ def short(path: str | Path) -> Path:
     return Path(relative) if len(relative) < len(str(path)) else path
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = "; quote what holds spaces" if message.startswith("unrecognized arguments") else ""
+        print(f"error: {message}{hint}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def say(line: object) -> None:
+    """Prints a line. When nobody reads stdout any more, as behind `| head`, the work goes on in silence."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # what is still in the old buffer must not fail at exit
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script's main function and exits with its status: 2 after a UserError, 130 after Ctrl-C, 0 for None."""
+    """Runs a script's main function and exits with its status: 2 after a UserError, 130 after Ctrl-C, 0 for None.
+
+    What the operating system refuses somewhere unforeseen (a disk that is full, a name that is too long) is a UserError
+    too, as far as it can say.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        status = 0
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"error: {what}{error.strerror or error}; mend that and try again", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("\nerror: interrupted; what was finished before stays", file=sys.stderr)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from lseg.errors import UserError
+from lseg.files import write_files
 
 # How a photo is brought to the network's size. An axis that shrinks is averaged: bilinear sampling would skip pixels of
 # a large photo, and noise would pass for detail. An axis that grows is bilinear: averaging would repeat pixels there.
@@ -152,40 +152,6 @@ def write_image(path: str | Path, rgb: np.ndarray) -> None:
         raise UserError(f"{path}: a JPEG holds at most 65535 pixels a side; give a name that ends in .png")
     bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
     write_files({path: cv2.imencode(suffix, bgr)[1].tobytes()})  # JPEG at OpenCV's quality of 95
-
-
-def writable_folder(path: Path) -> None:
-    """Makes the folder and proves that a file can be made in it; raises UserError before any work is done in vain."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Writes files that belong together: each under a temporary name beside its own, and renamed when all are written.
-
-    Raises:
-        UserError: a folder cannot be made or written to, or the disk is full. What was there before stays.
-    """
-    temporary = {path: path.with_name(f".{os.urandom(6).hex()}{path.suffix}") for path in files}
-    try:
-        for path in files:
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; choose another output name")
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path].write_bytes(data)
-        for path in files:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
-    finally:
-        for name in temporary.values():
-            with suppress(OSError):
-                name.unlink()
 
 
 def _looks_like_image(file: Path) -> bool:

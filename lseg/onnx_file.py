@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lseg.errors import UserError, short
+from lseg.files import locked_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TEXT_ONNX, IMAGE_ONNX, SIMILARITY_ONNX = "clip_textual.onnx", "lseg.onnx", "similarity.onnx"  # in their folder
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "lseg."  # of every metadata key that is ours
+FORMAT = 1  # of what exported files compute and how they say so: raised when an older file no longer serves
 LIMIT = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, graph included; more go to a file beside it
 
 
@@ -33,7 +35,7 @@ def write_onnx(model: onnx.ModelProto, path: Path, metadata: dict[str, object], 
     import onnx
 
     del model.metadata_props[:]
-    for key, value in metadata.items():
+    for key, value in {**metadata, **({"format": FORMAT} if metadata else {})}.items():
         model.metadata_props.add(key=PREFIX + key, value=json.dumps(value))
     data, orphan = "", None
     try:
@@ -43,20 +45,22 @@ def write_onnx(model: onnx.ModelProto, path: Path, metadata: dict[str, object], 
             if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit:
                 data = f"{Path(folder).name[1:]}.data"
                 onnx.save(model, part, save_as_external_data=True, location=data, size_threshold=1024)
-                orphan = path.with_name(data)
-                os.replace(part.with_name(data), orphan)
             else:
                 onnx.save(model, part)
-            os.replace(part, path)
-            orphan = None
+            with locked_folder(path.parent):
+                if data:
+                    orphan = path.with_name(data)
+                    os.replace(part.with_name(data), orphan)
+                os.replace(part, path)
+                orphan = None
+                for file in data_files(path):
+                    if file.name != data:  # an older model's
+                        file.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another folder") from error
     finally:
         if orphan:
             orphan.unlink(missing_ok=True)
-    for file in data_files(path):
-        if file.name != data:  # an older model's
-            file.unlink(missing_ok=True)
     return path
 
 
@@ -79,9 +83,30 @@ def check_weights(path: Path, metadata: dict[str, object], kind: str, sha256: st
     if metadata.get("kind") != kind:
         found = f"holds '{metadata['kind']}', not '{kind}'" if "kind" in metadata else "is another project's file"
         raise UserError(f"{path} {found}: {remedy}")
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} was exported by another version of this project: {remedy}")
     if metadata.get("weights_sha256") != sha256:
         name = metadata.get("weights", "unknown")
         raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
+
+
+def check_text(
+    path: Path, metadata: dict[str, object], image_metadata: dict[str, object], sha256: str, remedy: str
+) -> None:
+    """`check_weights` for a text encoder; CLIP's own serves weights that hold none.
+
+    Args:
+        path: the text encoder's file.
+        metadata: of that file.
+        image_metadata: of the image encoder's file, which says whether its weights hold a text encoder.
+        sha256: of the weights asked for.
+        remedy: how a UserError ends.
+    """
+    if image_metadata.get("text_config") is None:
+        remedy = remedy_for("clip_onnx_export.py", "openai", path.parent)
+        if metadata.get("source") == "clip":
+            sha256 = str(metadata.get("weights_sha256"))
+    check_weights(path, metadata, "clip_textual", sha256, remedy)
 
 
 def read_metadata(path: Path) -> dict[str, object]:

@@ -84,11 +84,14 @@ def read(path: Path, remedy: str) -> TensorFile:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """The file's SHA-256 in hexadecimal; UserError where it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and permissions") from None
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import lseg_export
 from lseg import checkpoint, export, onnx_file, specs
 from lseg.errors import UserError, short
 from lseg.export import ExportSpec, export_and_report, export_onnx
-from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, check_weights, parse_metadata, write_onnx
+from lseg.onnx_file import FORMAT, IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, check_weights, parse_metadata, write_onnx
 
 SMALL = 10_000  # bytes beyond which these tests keep weights beside a file
 
@@ -47,7 +48,7 @@ class TestExternalData:
         assert data.endswith(".data")
         np.testing.assert_array_equal(run_onnx(path, images), run_onnx(tiny.folder / IMAGE_ONNX, images))
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        assert parse_metadata(session.get_modelmeta().custom_metadata_map) == {"kind": "lseg", "n": 3}
+        assert parse_metadata(session.get_modelmeta().custom_metadata_map) == {"kind": "lseg", "n": 3, "format": FORMAT}
 
     def test_moves_with_its_folder(self, tiny, tmp_path, images):
         write_onnx(onnx.load(tiny.folder / IMAGE_ONNX), tmp_path / "one" / "big.onnx", {}, limit=SMALL)
@@ -192,11 +193,13 @@ class TestFailures:
 
 class TestCheckWeights:
     def test_sentences(self):
-        path, metadata = Path("a.onnx"), {"kind": "lseg", "weights": "demo", "weights_sha256": "1"}
+        path = Path("a.onnx")
+        metadata = {"kind": "lseg", "format": FORMAT, "weights": "demo", "weights_sha256": "1"}
         check_weights(path, metadata, "lseg", "1", "do this")
         for found, kind, sha256, sentence in (
             (metadata, "similarity", "1", "a.onnx holds 'lseg', not 'similarity': do this"),
             ({}, "lseg", "1", "a.onnx is another project's file: do this"),
+            (metadata | {"format": 0}, "lseg", "1", "a.onnx was exported by another version of this project: do this"),
             (metadata, "lseg", "2", "a.onnx was exported from other weights (demo) than asked for: do this"),
         ):
             with pytest.raises(UserError) as error:
@@ -208,6 +211,24 @@ class TestCheckWeights:
             "kind": "lseg",
             "opset": 17,
         }
+
+
+def write_often(path: Path, source: Path, times: int) -> None:
+    for _ in range(times):
+        write_onnx(onnx.load(source), path, {"kind": "lseg"}, limit=SMALL)
+
+
+def test_two_processes_write_the_same_file(tiny, tmp_path):
+    """A model and its data file belong together whenever the folder is at rest."""
+    path, source = tmp_path / "big.onnx", tiny.folder / IMAGE_ONNX
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write_often, args=(path, source, 15)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0] and len(names(tmp_path)) == 2
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 class Wide(nn.Module):
