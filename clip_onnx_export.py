@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lseg.errors import run, short
+from lseg.errors import Parser, run, short
 
 ROOT = Path(__file__).resolve().parent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="demo", help="'demo', 'openai', an LSeg checkpoint or a CLIP file")
     parser.add_argument(
         "--output", type=short, default=str(ROOT / "onnx"), metavar="DIR", help="folder of the ONNX files (onnx/)"

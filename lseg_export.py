@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lseg.errors import run, short
+from lseg.errors import Parser, run, short
 
 ROOT = Path(__file__).resolve().parent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="demo", help="'demo', demo_e200.ckpt, or a state dict (.pt, .safetensors)")
     parser.add_argument(
         "--output", type=short, default=str(ROOT / "onnx"), metavar="DIR", help="folder of the ONNX files (onnx/)"
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     args = parser.parse_args(argv)
-    if args.batch != "dynamic" and not (args.batch.isdigit() and int(args.batch) > 0):
+    if args.batch != "dynamic" and not (args.batch.isdecimal() and int(args.batch) > 0):
         parser.error(f"--batch {args.batch}: give a positive number or 'dynamic'")
     if not 17 <= args.opset <= 20:
         parser.error(f"--opset {args.opset}: give 17 to 20")

@@ -140,7 +140,8 @@ def text_state_dict(weights: Weights) -> dict[str, Tensor]:
     if not found or weights.text_config is None:
         raise UserError(
             f"{weights.path} holds no CLIP text encoder: "
-            "export that from open_clip with 'python clip_onnx_export.py --weights openai'"
+            "export that from open_clip with 'python clip_onnx_export.py --weights openai', and where it is asked for "
+            "give it with --text-onnx"
         )
     where = f"{weights.path} does not fit CLIP's text encoder"
     return _fit_text(found, weights.text_config, CLIP_PREFIX, where, REMEDY)
@@ -232,7 +233,7 @@ def save_safetensors(
         stored[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if not stored[name].isfinite().all():
             raise ValueError(f"{name} has numbers that float16 cannot hold")
-    partial = path.with_name(f"{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         try:
             save_file(stored, partial, metadata)

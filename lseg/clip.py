@@ -68,7 +68,7 @@ def load_clip(source: str, visual: bool = False) -> CLIP:
         prefix, stored, sha256 = checkpoint.CLIP_PREFIX, weights.tensors, weights.sha256
     else:
         state, name, sha256 = checkpoint.clip_text_state_dict(source)
-        text, metadata, prefix = _text(state), {"weights": name}, ""
+        text, metadata, prefix = _text(state), {"weights": name, "source": "clip"}, ""
     tower = _visual(stored, prefix, source) if visual else None
     metadata |= {"weights_sha256": sha256, "text_config": text.config.to_dict()}
     return CLIP(text, tower, metadata)

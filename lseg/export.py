@@ -22,6 +22,7 @@ from lseg.errors import UserError
 from lseg.onnx_file import data_files, write_onnx
 
 OPSET = 17
+BLOCK = 2**22  # numbers compared at a time
 TOLERANCE = 1e-4  # largest ||a - b|| / ||b|| between ONNX Runtime and PyTorch, both float32
 
 
@@ -69,7 +70,7 @@ def export_onnx(spec: ExportSpec, path: Path, opset: int = OPSET) -> dict[str, f
     import onnx
     import onnxslim
 
-    with working_folder(path) as folder:
+    with working_folder(path) as folder, disk_errors(path):
         raw = Path(folder) / "raw.onnx"
         with quiet_exporter(), torch.no_grad():
             torch.onnx.export(
@@ -97,6 +98,17 @@ def export_onnx(spec: ExportSpec, path: Path, opset: int = OPSET) -> dict[str, f
         metadata = {"kind": spec.kind, **spec.metadata, "opset": opset, "versions": versions()}
         write_onnx(onnx.load(trial), path, metadata)
     return differences
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Says that `path` cannot be written where the disk is full or refuses, whichever library met it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): free space or choose another"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -150,9 +162,14 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
         return float("inf")
     if np.issubdtype(b.dtype, np.integer):
         return float(np.mean(a != b))
-    a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
-    ratio = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
-    return ratio if math.isfinite(ratio) else float("inf")
+    error = length = 0.0
+    a, b = a.ravel(), b.ravel()
+    for start in range(0, a.size, BLOCK):  # in float64, which would double the memory of a whole output
+        x, y = (values[start : start + BLOCK].astype(np.float64) for values in (a, b))
+        error, length = error + float(np.sum((x - y) ** 2)), length + float(np.sum(y**2))
+    if not math.isfinite(error) or not math.isfinite(length):
+        return math.inf
+    return math.sqrt(error / max(length, 1e-60))
 
 
 def versions() -> dict[str, str]:

@@ -47,7 +47,13 @@ class LSegConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown size(s) in the model's config: {', '.join(unknown)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        config = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        taps = config.taps
+        if len(taps) != 4 or sorted(set(taps)) != list(taps) or taps[0] < 0 or taps[-1] >= config.depth:
+            raise ValueError(f"taps {list(taps)} are not four blocks of {config.depth}, in order")
+        if len(config.reassemble) != 4:
+            raise ValueError(f"reassemble {list(config.reassemble)} does not name four levels")
+        return config
 
 
 def upsample(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lseg.image import normalise, read_image, to_pixels
 from lseg.similarity import Similarity
 from lseg.tokenizer import Tokenizer
 
+CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # RGB in [0, 1]
 PHOTO = Path(__file__).resolve().parent.parent / "image" / "temple.jpg"
 
 
@@ -59,22 +60,26 @@ def image_spec(
     size = encoder.config.image_size
     real = torch.from_numpy(normalise(to_pixels(read_image(photo), size)[None]))
     axes = {0: "B"} if batch is None else {}
-    noise = torch.rand(1, 3, size, size) * 2 - 1
+    others = torch.rand((batch or 2) - 1, 3, size, size) * 2 - 1  # no two images of a batch are the same
+    check = others if full_resolution and batch is None else torch.cat([others, real.flip(3)])  # 472 MB an image there
     return ExportSpec(
         kind="lseg_full_resolution" if full_resolution else "lseg",
         module=FullResolution(encoder).eval() if full_resolution else encoder,
-        inputs={"image": torch.cat([real] * (batch or 1))},
+        inputs={"image": torch.cat([real, others]) if batch else real},
         outputs=("embeddings",),
         dynamic={"image": axes, "embeddings": axes},
         metadata=weights_metadata(weights),
-        checks=({"image": torch.cat([noise, real]) if batch is None else torch.cat([noise] * batch)},),
+        checks=({"image": check},),
     )
 
 
-def similarity_spec(weights: Weights) -> ExportSpec:
+def similarity_spec(weights: Weights, photo: Path = PHOTO) -> ExportSpec:
     """`embeddings` and `text` [N, D] to `labels` int32, `best` float32 and `scores` float32 [B, N, S, S]; B, N free."""
     config = weights.image_config
     side = 8 * config.grid
+    encoder = load_image_encoder(weights)
+    with torch.no_grad():
+        real = encoder(torch.from_numpy(normalise(to_pixels(read_image(photo), config.image_size)[None])))
     embeddings = torch.nn.functional.normalize(torch.randn(1, config.embedding, side, side), dim=1)
     text = torch.nn.functional.normalize(torch.randn(3, config.embedding), dim=1)
     return ExportSpec(
@@ -91,16 +96,19 @@ def similarity_spec(weights: Weights) -> ExportSpec:
         },
         metadata=weights_metadata(weights),
         bounds={"labels": 1e-3},  # the share of pixels: rounding decides where two scores are as good as equal
-        checks=({"embeddings": torch.cat([embeddings, embeddings.flip(2)]), "text": text.roll(1, 0)[:2]},),
+        checks=({"embeddings": torch.cat([embeddings, real]), "text": text.roll(1, 0)[:2]},),
     )
 
 
-def visual_spec(module: nn.Module, metadata: dict[str, object]) -> ExportSpec:
+def visual_spec(module: nn.Module, metadata: dict[str, object], photo: Path = PHOTO) -> ExportSpec:
     """`image` float32 [B, 3, 224, 224], CLIP-normalised, to `embedding` [B, D], unit length; B free."""
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_DEVIATION))
+    values = torch.from_numpy(to_pixels(read_image(photo), 224)).permute(2, 0, 1) / 255  # [3, 224, 224]
+    real = ((values - mean) / deviation)[None]
     return ExportSpec(
         kind="clip_visual",
         module=module.eval(),
-        inputs={"image": torch.randn(2, 3, 224, 224)},
+        inputs={"image": torch.cat([real, torch.randn(1, 3, 224, 224)])},
         outputs=("embedding",),
         dynamic={"image": {0: "B"}, "embedding": {0: "B"}},
         metadata=metadata | {"visual_config": VISUAL},
@@ -113,4 +121,5 @@ def weights_metadata(weights: Weights) -> dict[str, object]:
         "weights": weights.name,
         "weights_sha256": weights.sha256,
         "image_config": weights.image_config.to_dict(),
+        "text_config": weights.text_config.to_dict() if weights.text_config else None,
     }

@@ -95,6 +95,19 @@ def test_official_checkpoint(official, request):
         assert embeddings.std(dim=(2, 3)).mean() > 1e-3
 
 
+@pytest.mark.slow
+def test_full_size_numbers(seed):
+    """The ViT-L/16 at 480 x 480 against the reference in float64: half a minute."""
+    tensors = {name.removeprefix("net."): tensor for name, tensor in official_state_dict(seed, half_clip=False).items()}
+    weights = Weights("official", "0" * 64, LSegConfig(), None, tensors, Path("official"))
+    images = torch.rand(1, 3, 480, 480, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    with torch.no_grad():
+        found = checkpoint.load_image_encoder(weights)(images)
+    difference = relative(found, pixel_embeddings(tensors, LSegConfig(), images))
+    print(f"relative difference {difference:.1e}")
+    assert difference < 1e-5
+
+
 def test_names_cover_the_official_table():
     with torch.device("meta"):
         models = LSegImageEncoder(), CLIPTextEncoder()
@@ -235,7 +248,20 @@ def test_safetensors_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"depht": 3}', '{"heads": 3}', '{"depth": "six"}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        '{"depht": 3}',
+        '{"heads": 3}',
+        '{"depth": "six"}',
+        '{"taps": [5, 11, 17, 24]}',
+        '{"taps": [23, 17, 11, 5]}',
+        '{"taps": [5, 11, 17]}',
+        '{"reassemble": [256, 512]}',
+    ],
+)
 def test_a_wrong_description_of_the_model(config, tmp_path, seed):
     path = tmp_path / "wrong.safetensors"
     save_file(tiny_weights(seed), path, {"format": "lseg", "image_config": config})
