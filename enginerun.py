@@ -21,11 +21,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lseg.errors import UserError, run, short
+from lseg.errors import Parser, UserError, run, short
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from lseg.labels import LabelSet
     from lseg.runner import Runner, Timings
 
 ROOT = Path(__file__).resolve().parent
@@ -35,11 +36,15 @@ LABELS = "sky, building, tree, road, pavement, person, car, other"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "photos", nargs="*", type=short, default=[short(PHOTO)], metavar="PHOTO", help="image files or folders of them"
     )
-    parser.add_argument("--labels", default=LABELS, help=f"words, separated by commas (default: {LABELS})")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels", default=LABELS, help=f"words, separated by commas (default: {LABELS})")
+    labels.add_argument(
+        "--labels-file", type=short, metavar="FILE", help="labels, one a line; ADE20K's objectInfo150; or JSON"
+    )
     parser.add_argument("--weights", default="demo", help="'demo', demo_e200.ckpt, or a state dict (.pt, .safetensors)")
     parser.add_argument("--backend", choices=("auto", "tensorrt", "onnxruntime", "torch"), default="auto")
     parser.add_argument(
@@ -53,6 +58,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     engine.add_argument(
         "--engines", type=short, default=str(ROOT / "engines"), metavar="DIR", help="folder of the engines (engines/)"
     )
+    parser.add_argument(
+        "--inference",
+        choices=("whole", "window", "multiscale"),
+        default="whole",
+        help="the photo squashed whole (default); in windows, for detail; in windows of six scales and the mirror, as "
+        "the official figures are taken",
+    )
     parser.add_argument("--re-export", action="store_true", help="export the ONNX files again, whatever is there")
     parser.add_argument(
         "--output", type=short, default=str(ROOT / "image"), metavar="DIR", help="folder of the pictures (image/)"
@@ -63,31 +75,85 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from lseg.labels import label_dtype, palette, parse_labels
+    from lseg import errors
+    from lseg.labels import label_dtype, palette
     from lseg.runner import Timings, choose_backend
+    from lseg.text_cache import FILE, TextCache
     from lseg.tokenizer import Tokenizer
-    from lseg.weights import resolve
 
-    say = (lambda *_: None) if args.quiet else print
-    labels = parse_labels(args.labels)
+    say = (lambda *_: None) if args.quiet else errors.say
+    labels = read_labels(args)
     label_dtype(len(labels.names))  # says so now if a label map cannot hold that many
     tokens = Tokenizer()(labels.names)
     photos, notes = list_photos(args.photos)
     backend = choose_backend(args.backend)
-    resolve(args.weights)
+    check_before_export(args, photos[0])
     for note in (*labels.notes, *notes):
         say(f"note: {note}")
     with output_folder(args.output):
         with open_backend(backend, args, say) as runner:
-            say(f"{runner.description}; weights: {args.weights}")
+            about = "demo (they know street scenes; see the README for the official ones)"
+            say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
             timings = Timings()
-            text = timings.measure("encode_text", lambda: runner.encode_text(tokens))
+            cache = TextCache(args.onnx / FILE, runner.text_encoder)
+            text = timings.measure("encode_text", lambda: cache.encode(tokens, runner.encode_text))
             colours = palette(labels.names)
             for photo, name in zip(photos, output_names(photos, args.output), strict=True):
                 picture = segment_photo(photo, name, runner, text, labels.names, colours, args, timings)
                 say(f"{photo} -> {picture}")
-    say(report(timings, len(photos)))
+    say(report(timings, len(photos), f" ({cache.found} of {len(tokens)} kept)" if cache.found else ""))
     return 0
+
+
+def read_labels(args: argparse.Namespace) -> LabelSet:
+    """The labels of --labels or --labels-file."""
+    from lseg.labels import parse_labels, read_labels_file
+
+    if args.labels_file:
+        return parse_labels([words[0] for words in read_labels_file(args.labels_file)])
+    if "," not in args.labels and args.labels.endswith((".txt", ".json", ".csv")) and os.path.isfile(args.labels):
+        raise UserError(f"{args.labels} is a file, not a label: give it with --labels-file")
+    return parse_labels(args.labels)
+
+
+def check_before_export(args: argparse.Namespace, photo: Path) -> None:
+    """Says what a moment can find out to be wrong before minutes of exporting, and before anything is written.
+
+    Raises:
+        UserError: the weights are not there, an exported file is of other weights, the text encoder given is none, or
+            the first photo cannot be read.
+    """
+    from lseg.image import read_image
+    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, check_weights, read_metadata, remedy_for
+    from lseg.tensorfile import read, sha256
+    from lseg.weights import REMEDY, resolve
+
+    weights = resolve(args.weights)
+    missing = [name for name in wanted_files(args) if not (args.onnx / name).exists()]
+    if args.re_export or not missing or args.backend == "torch":
+        return  # nothing is exported, or nothing stays that could be wrong: the runner will tell
+    read_image(photo)
+    if importlib.util.find_spec("torch"):
+        read(weights, REMEDY)
+    for name, kind in ((IMAGE_ONNX, "lseg"), (SIMILARITY_ONNX, "similarity")):
+        if name not in missing:
+            remedy = remedy_for("lseg_export.py", args.weights, args.onnx)
+            check_weights(args.onnx / name, read_metadata(args.onnx / name), kind, sha256(weights), remedy)
+    if args.text_onnx:
+        from lseg.run_onnxruntime import TextSession
+
+        TextSession(args.text_onnx)
+
+
+def wanted_files(args: argparse.Namespace) -> dict[str, str]:
+    """The exported files that a run needs, each with the script that writes it."""
+    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
+
+    # The text encoder first: weights without one are refused in a moment.
+    files = {TEXT_ONNX: "clip_onnx_export", IMAGE_ONNX: "lseg_export", SIMILARITY_ONNX: "lseg_export"}
+    if args.text_onnx:
+        del files[TEXT_ONNX]
+    return files
 
 
 def open_backend(backend: str, args: argparse.Namespace, say: Callable[[str], object]) -> Runner:
@@ -157,7 +223,7 @@ def output_names(photos: Sequence[Path], folder: Path) -> list[str]:
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
     """Makes the folder, proves that it can be written, and takes it away again if an error leaves it empty."""
-    from lseg.image import writable_folder
+    from lseg.files import writable_folder
 
     missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
     writable_folder(path)
@@ -172,11 +238,7 @@ def output_folder(path: Path) -> Iterator[None]:
 
 def export_missing(args: argparse.Namespace) -> None:
     """Exports what is not there; this is the one step that needs torch."""
-    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
-
-    files = {IMAGE_ONNX: "lseg_export", SIMILARITY_ONNX: "lseg_export", TEXT_ONNX: "clip_onnx_export"}
-    if args.text_onnx:
-        del files[TEXT_ONNX]
+    files = wanted_files(args)
     wanted = {name: script for name, script in files.items() if args.re_export or not (args.onnx / name).exists()}
     if wanted and not importlib.util.find_spec("torch"):
         raise UserError(
@@ -200,19 +262,16 @@ def segment_photo(
     timings: Timings,
 ) -> Path:
     """Segments one photo and writes its files, whose names begin with `output`; returns the picture's path."""
+    from lseg import inference
     from lseg.draw import overlay, panel, shares
-    from lseg.image import labels_to_photo, read_image, to_pixels, write_image
+    from lseg.image import read_image, write_image
     from lseg.labels import save_label_map
 
     photo = timings.measure("decode", lambda: read_image(path))
-    pixels = timings.measure("preprocess", lambda: to_pixels(photo, runner.image_size)[None])
-    result = runner.segment(pixels, text)
-    timings.add(result.timings)
-    height, width = photo.shape[:2]
+    labels = inference.segment_photo(runner, photo, text, args.inference, timings)
     picture = args.output / f"{output}{PICTURE}"
 
     def draw() -> None:
-        labels = labels_to_photo(result.labels[0], width, height)
         overlaid = overlay(photo, labels, colours)
         write_image(picture, panel(photo, overlaid, names, colours, shares(labels, len(names))))
         if args.save_labels:
@@ -222,12 +281,19 @@ def segment_photo(
     return picture
 
 
-def report(timings: Timings, photos: int) -> str:
-    """One line with the milliseconds of each stage."""
+def report(timings: Timings, photos: int, kept: str = "") -> str:
+    """One line with the milliseconds of each stage; `kept` says what was not encoded anew."""
     from lseg.runner import STAGES
 
     per = "" if photos == 1 else f" in all for {photos} photos"
-    return "milliseconds" + per + ": " + ", ".join(f"{name} {timings.milliseconds[name]:.1f}" for name in STAGES)
+    return (
+        "milliseconds"
+        + per
+        + ": "
+        + ", ".join(
+            f"{name} {timings.milliseconds[name]:.1f}{kept if name == 'encode_text' else ''}" for name in STAGES
+        )
+    )
 
 
 if __name__ == "__main__":

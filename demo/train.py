@@ -31,7 +31,7 @@ from demo.data import Split, load_split, sample_crops, whole_images  # noqa: E40
 from demo.teacher import Teacher  # noqa: E402
 from demo.words import CLASSES, KIN, UNLABELLED, Vocabulary, load_vocabulary  # noqa: E402
 from lseg.errors import UserError, run  # noqa: E402
-from lseg.image import writable_folder  # noqa: E402
+from lseg.files import writable_folder  # noqa: E402
 from lseg.model import LOGIT_SCALE, LSegConfig, LSegImageEncoder  # noqa: E402
 from lseg.text import CLIPTextEncoder, TextConfig  # noqa: E402
 

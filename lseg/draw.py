@@ -125,7 +125,7 @@ def _legend(text: _Text, width: int, names: Sequence[str], colours: np.ndarray, 
     if rest:
         remarks.append(f"and {len(rest)} more, together {_percent(sum(shares[index] for index in rest))}")
     if absent:
-        remarks.append(f"not found: {', '.join(absent)}")
+        remarks.append(f"not found ({len(absent)}): {', '.join(absent)}")
 
     percents = [_percent(shares[index]) for index in shown]
     percent_width = max(map(text.width, percents), default=0)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lseg.draw import shares
 from lseg.errors import UserError
-from lseg.image import write_files
+from lseg.files import write_files
 
 OTHER = "other"
 
@@ -46,9 +46,10 @@ def parse_labels(text: str | Sequence[str]) -> LabelSet:
         name = _tidy(part)
         if not name:
             continue
-        first = names.setdefault(_key(name), name)
-        if first is not name:
-            notes.append(f'label "{name}" is dropped: it repeats "{first}"')
+        key = _key(name)
+        if key in names:
+            notes.append(f'label "{name}" is dropped: it repeats "{names[key]}"')
+        names.setdefault(key, name)
     if not names:
         raise UserError('no label is given: name at least one, for example "car, road, sky, other"')
     if list(names) == [OTHER]:
@@ -58,6 +59,52 @@ def parse_labels(text: str | Sequence[str]) -> LabelSet:
         names[OTHER] = OTHER
         notes.append(f'"{OTHER}" is added to the labels: "{name}" alone would be every pixel\'s')
     return LabelSet(tuple(names.values()), tuple(notes))
+
+
+def read_labels_file(path: str | Path) -> list[tuple[str, ...]]:
+    """Reads a file of labels: each label's words, the first of which names it, the others synonyms.
+
+    Known layouts: one label a line; ADE20K's objectInfo150 (a header that begins with "Idx", then tab-separated with
+    synonyms after commas, or comma-separated with synonyms after semicolons); JSON, a list of labels or of lists of
+    synonyms, or an object of labels and their synonyms.
+
+    Raises:
+        UserError: the file cannot be read, is no text, is malformed, or holds no label.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file of labels") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8: give a file of labels, one a line") from None
+    if text.lstrip().startswith(("[", "{")):
+        rows = _json_labels(path, text)
+    elif text.lstrip()[:3].lower() == "idx":
+        lines = [line for line in text.strip().splitlines()[1:] if line.strip()]
+        rows = [
+            line.split("\t")[-1].split(",") if "\t" in line else line.split(",", 5)[-1].split(";") for line in lines
+        ]
+    else:
+        rows = [[line] for line in text.splitlines()]
+    labels = [tuple(word for word in map(_tidy, row) if word) for row in rows]
+    labels = [words for words in labels if words]
+    if not labels:
+        raise UserError(f"{path} holds no label: write one a line")
+    return labels
+
+
+def _json_labels(path: Path, text: str) -> list[list[str]]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is malformed JSON ({error}): mend it, or write one label a line") from None
+    if isinstance(found, dict):
+        found = [[name, *(words if isinstance(words, list) else [words])] for name, words in found.items()]
+    rows = [row if isinstance(row, list) else [row] for row in found]
+    if not all(isinstance(word, str) for row in rows for word in row):
+        raise UserError(f"{path} holds something that is no word: give a list of labels, or labels with their synonyms")
+    return rows
 
 
 def label_dtype(number: int) -> type[np.uint8] | type[np.uint16]:

@@ -92,13 +92,35 @@ BAD = {
     "output below a file": (below_a_file("--output"), "below cannot be written (Not a directory); choose another out"),
     "output is a file": (
         lambda folder: [folder / "good.jpg", "--output", folder / "good.jpg"],
-        "good.jpg cannot be written (File exists); choose another output folder",
+        "good.jpg is a file, not a folder; choose another output folder",
     ),
     "ONNX folder below a file": (below_a_file("--onnx"), "below cannot be written (Not a directory): choose another"),
 }
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("name", [name for name in BAD if "ONNX" not in name and name != "good, then missing"])
+    def test_before_anything_is_exported(self, tiny, tmp_path, segment, seed, name):
+        """With no exported file there, it is still said at once, and none is written."""
+        make, sentence = BAD[name]
+        save(tmp_path / "good.jpg", seed)
+        arguments = make(tmp_path)
+        before = names(tmp_path)
+        code, out, err = segment("--onnx", tmp_path / "onnx", *arguments)
+        assert code == 2 and len(err) == 1 and sentence in err[0]
+        assert not any("export" in line for line in out) and names(tmp_path) == before
+
+    def test_other_weights_files_are_left_as_they_are(self, tiny, demo, tmp_path, segment, seed):
+        """One file of other weights stops the run before the missing ones are exported from these."""
+        folder = tmp_path / "onnx"
+        folder.mkdir()
+        shutil.copy(demo.folder / IMAGE_ONNX, folder)
+        save(tmp_path / "good.jpg", seed)
+        code, out, err = segment(tmp_path / "good.jpg", "--onnx", folder)
+        assert code == 2 and not any("export" in line for line in out)
+        assert "was exported from other weights (demo) than asked for" in err[0]
+        assert names(folder) == [IMAGE_ONNX]
+
     @pytest.mark.parametrize(
         "name, backend",
         [(name, "onnxruntime") for name in BAD]
@@ -172,4 +194,4 @@ class TestInterrupt:
         command = [str(ROOT / "enginerun.py"), "--onnx", "onnx", "--output", "out"]
         result = self.interrupt(command, lambda: list((tmp_path / "onnx").glob(f".lseg-export-*{stage}")), tmp_path)
         assert (result.returncode, result.stderr) == (130, "\nerror: interrupted; what was finished before stays\n")
-        assert names(tmp_path) == ["onnx"] and names(tmp_path / "onnx") == []
+        assert names(tmp_path) == ["onnx"] and names(tmp_path / "onnx") == ["clip_textual.onnx"]  # which was finished

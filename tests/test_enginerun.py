@@ -17,7 +17,7 @@ import enginerun
 from lseg.errors import short
 from lseg.image import labels_to_photo, read_image, to_pixels
 from lseg.labels import palette
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
+from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
 from lseg.run_onnxruntime import OnnxRuntimeRunner
 from lseg.tokenizer import Tokenizer
 
@@ -54,7 +54,9 @@ class TestRuns:
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
         first, second, third = result.stdout.splitlines()
-        assert first.startswith("ONNX Runtime ") and first.endswith("; weights: demo")
+        assert first.startswith("ONNX Runtime ") and first.endswith(
+            "; weights: demo (they know street scenes; see the README for the official ones)"
+        )
         assert second.endswith("temple.jpg -> temple_lseg.png")
         stages = ("decode", "preprocess", "encode_text", "encode_image", "similarity", "draw")
         assert third.startswith("milliseconds: ")
@@ -76,7 +78,9 @@ class TestRuns:
         folder = tmp_path / "onnx"
         code, out, err = segment(photo, "--onnx", folder)
         assert (code, err) == (0, []) and sum(line.startswith("wrote ") for line in out) == 3
-        assert names(folder) == names(tiny.folder)
+        assert [name for name in names(folder) if name.endswith(".onnx")] == sorted(
+            [IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX]
+        )
         (folder / TEXT_ONNX).unlink()
         before = (folder / IMAGE_ONNX).stat().st_mtime_ns
         code, out, _ = segment(photo, "--onnx", folder)
@@ -132,8 +136,57 @@ class TestRuns:
         code, out, _ = segment(photo, "--labels", "cat, dog, Cat, ,dog", "--save-labels")
         notes = ['label "Cat" is dropped: it repeats "cat"', 'label "dog" is dropped: it repeats "dog"']
         assert code == 0 and out[:2] == [f"note: {note}" for note in notes]
+        assert segment(photo, "--labels", "a, b, a")[1][0] == 'note: label "a" is dropped: it repeats "a"'
         meaning = json.loads((tmp_path / "out" / "photo_labels.json").read_text())
         assert [entry["name"] for entry in meaning["labels"]] == ["cat", "dog"]
+
+    @pytest.mark.parametrize("content", ["tree\n sky\n\ncar\n", '[["tree", "oak"], "sky", "car"]'])
+    def test_labels_from_a_file(self, photo, tmp_path, segment, content):
+        (tmp_path / "words.txt").write_text(content)
+        code, _, err = segment(photo, "--labels-file", tmp_path / "words.txt", "--save-labels")
+        meaning = json.loads((tmp_path / "out" / "photo_labels.json").read_text())
+        assert (code, err) == (0, []) and [entry["name"] for entry in meaning["labels"]] == ["tree", "sky", "car"]
+        code, out, err = segment(photo, "--labels", tmp_path / "words.txt")
+        assert (code, out) == (2, [])
+        assert err == [f"error: {tmp_path / 'words.txt'} is a file, not a label: give it with --labels-file"]
+
+    @pytest.mark.parametrize("mode", ["window", "multiscale"])
+    def test_in_windows(self, tiny, photo, tmp_path, segment, mode):
+        from lseg.inference import segment_photo
+
+        code, out, err = segment(photo, "--inference", mode, "--save-labels")
+        assert (code, err) == (0, []) and "similarity" in out[-1]
+        with OnnxRuntimeRunner(*tiny) as runner:
+            text = runner.encode_text(Tokenizer()(LABELS))
+            expected = segment_photo(runner, read_image(photo), text, mode)
+        np.testing.assert_array_equal(read_map(tmp_path / "out" / "photo_labels.png"), expected)
+
+    def test_texts_are_kept(self, photo, tmp_path, segment):
+        """A second run encodes only the words that are new, and gives the same map."""
+        options = ["--onnx", tmp_path / "onnx", "--save-labels"]
+        code, out, _ = segment(photo, *options, "--labels", "cat, dog")
+        assert code == 0 and "kept" not in out[-1]
+        first = read_map(tmp_path / "out" / "photo_labels.png")
+        code, out, _ = segment(photo, *options, "--labels", "cat, dog")
+        assert code == 0 and "(2 of 2 kept)" in out[-1]
+        np.testing.assert_array_equal(read_map(tmp_path / "out" / "photo_labels.png"), first)
+        assert "(1 of 2 kept)" in segment(photo, *options, "--labels", "bird, dog")[1][-1]
+
+    def test_nobody_reads_what_it_prints(self, tiny, photo, tmp_path):
+        """Behind `| head` the work goes on, in silence."""
+        command = [sys.executable, str(ROOT / "enginerun.py"), str(photo), "--weights", tiny.weights]
+        command += ["--onnx", str(tiny.folder), "--output", str(tmp_path / "out"), "--labels", "a, a, b"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.close()
+            assert (process.wait(timeout=120), process.stderr.read()) == (0, b"")
+        assert names(tmp_path / "out") == ["photo_lseg.png"]
+
+    def test_an_argument_too_many(self, photo, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            enginerun.parse_args([str(photo), "--labels", "car,", "road", "--quiett"])
+        assert capsys.readouterr().err == (
+            "error: unrecognized arguments: road --quiett; quote what holds spaces; see --help\n"
+        )
 
     def test_quiet(self, photo, segment):
         assert segment(photo, "--labels", "cat, cat", "--quiet") == (0, [], [])

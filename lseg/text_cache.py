@@ -1,0 +1,73 @@
+"""Text embeddings kept on disk, so that a label is encoded once for each text encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lseg.onnx_file import FORMAT
+
+FILE = "text_embeddings.sqlite"
+WAIT = 5  # seconds for another process that is writing
+
+
+class TextCache:
+    """Embeddings by text encoder and tokens, in one SQLite file that any number of processes may share.
+
+    A file that is damaged is begun anew, and one that cannot be opened or written is done without: what is kept is only
+    ever a copy of what the encoder gives.
+
+    Args:
+        path: the file; made when there is something to keep.
+        encoder: what tells text encoders apart: the SHA-256 of their weights. None keeps nothing.
+    """
+
+    def __init__(self, path: Path, encoder: str | None):
+        self.path, self.encoder = path, encoder
+        self.found = 0  # texts of the last call that were in the file
+
+    def encode(self, tokens: np.ndarray, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """tokens int32 [N, 77] to unit vectors float32 [N, D]; `encode` gets the rows that are not in the file."""
+        self.found = 0
+        if self.encoder is None:
+            return encode(tokens)
+        keys = [hashlib.sha256(f"{FORMAT} {self.encoder} ".encode() + row.tobytes()).digest() for row in tokens]
+        kept = self._read(keys)
+        missing = [index for index, key in enumerate(keys) if key not in kept]
+        if missing:
+            fresh = encode(tokens[missing])
+            kept |= {keys[index]: vector for index, vector in zip(missing, fresh, strict=True)}
+            self._write({keys[index]: vector for index, vector in zip(missing, fresh, strict=True)})
+        self.found = len(keys) - len(missing)
+        return np.stack([kept[key] for key in keys])
+
+    def _read(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+        if not self.path.is_file():
+            return {}
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=WAIT)) as file:
+                rows = [
+                    (key, *row)
+                    for key in keys
+                    for row in file.execute("SELECT vector FROM embeddings WHERE key = ?", (key,))
+                ]
+        except sqlite3.OperationalError:  # locked, unreadable, or no such table
+            return {}
+        except sqlite3.DatabaseError:  # no SQLite file any more
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            return {}
+        vectors = {key: np.frombuffer(blob, np.float32) for key, blob in rows if len(blob) % 4 == 0}
+        return {key: vector for key, vector in vectors.items() if abs(np.linalg.norm(vector) - 1) < 1e-3}
+
+    def _write(self, vectors: dict[bytes, np.ndarray]) -> None:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path, timeout=WAIT)) as file:
+            with file:  # one transaction
+                file.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+                rows = ((key, vector.astype(np.float32).tobytes()) for key, vector in vectors.items())
+                file.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
