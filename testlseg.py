@@ -1,58 +1,195 @@
-"""Measures speed and accuracy of the backends side by side, and writes them as JSON to log/.
+"""Measures every backend that the machine has, side by side: speed, and accuracy against PyTorch in float32.
 
-    python testlseg.py                                     speed of every backend, the demo weights
-    python testlseg.py --random-weights                    speed at the official model's size, with random weights
-    python testlseg.py --dataset camvid/test               accuracy on images and masks, and agreement with PyTorch
+    python testlseg.py                                     the demo weights
+    python testlseg.py --random-weights                    the official model's size, with random weights
+    python testlseg.py --dataset camvid/test               mIoU on images with masks as well
+    python testlseg.py --quick                             a minute, on any machine: does every backend agree?
+    python testlseg.py --report log/report_*.json          tables from earlier runs
 
-A data set is a folder of NAME.jpg with masks NAME.png, whose values index --labels; other values count nowhere.
+Prints a table in Markdown, writes it with all figures as JSON to log/ and draws a plot in image/. The exit status is 1
+when a backend fails or breaks its bound. Without torch, --reference takes what --save-reference wrote elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 
-from lseg.errors import UserError, run
+from lseg.errors import Parser, UserError, run, short
 
 ROOT = Path(__file__).resolve().parent
-CAMVID = "sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist"
+PHOTO = ROOT / "image" / "temple.jpg"
+TEXT_COUNTS = (1, 8, 150)
+TABLE_TEXT_COUNT = 8
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="demo", help="'demo', demo_e200.ckpt, or a state dict (.pt, .safetensors)")
     parser.add_argument("--random-weights", action="store_true", help="the official model's sizes, random weights")
-    parser.add_argument("--backends", default="all", help="names separated by commas (default: all installed)")
-    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx", metavar="DIR", help="folder of the exported files")
-    parser.add_argument("--photo", type=Path, default=ROOT / "image" / "temple.jpg", help="photo to time on")
-    parser.add_argument("--labels", default=CAMVID, help=f"words, separated by commas (default: {CAMVID})")
-    parser.add_argument("--batch", type=int, default=1, help="images a call")
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--dataset", type=Path, metavar="DIR", help="measure accuracy on this folder instead")
-    parser.add_argument("--limit", type=int, help="use the first images of the data set only")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON (default: log/KIND_DATE.json)")
-    return parser.parse_args(argv)
+    parser.add_argument("--backends", default="all", help="'all', 'tensorrt', ... or single ones, separated by commas")
+    parser.add_argument("--onnx", type=short, default=short(ROOT / "onnx"), metavar="DIR", help="the exported files")
+    parser.add_argument("--engines", type=short, default=short(ROOT / "engines"), metavar="DIR", help="the engines")
+    parser.add_argument("--photos", nargs="*", type=short, default=[short(PHOTO)], help="photos to time and compare on")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels", help="words, separated by commas (default: CamVid's 11)")
+    labels.add_argument(
+        "--labels-file", type=short, metavar="FILE", help="labels, one a line, or ADE20K's objectInfo150"
+    )
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--cases", default="1:8,1:150,8:8", help="batch:labels pairs (default: 1:8,1:150,8:8)")
+    speed.add_argument("--runs", type=int, default=30)
+    speed.add_argument("--warmup", type=int, default=5)
+    speed.add_argument("--no-speed", action="store_true", help="accuracy only")
+    speed.add_argument("--quick", action="store_true", help="few runs of batch 1, no plot: for a look or for CI")
+    data = parser.add_argument_group("accuracy")
+    data.add_argument("--dataset", type=short, metavar="DIR", help="photos with masks: CamVid's or ADE20K's layout")
+    data.add_argument("--limit", type=int, help="use the data set's first images only")
+    data.add_argument(
+        "--evaluation",
+        choices=("whole", "window", "official"),
+        default="whole",
+        help="of the data set: photos squashed whole, in windows, or in windows of six scales and the mirror",
+    )
+    data.add_argument("--save-reference", type=short, metavar="FILE", help="write what PyTorch gave, for --reference")
+    data.add_argument("--reference", type=short, metavar="FILE", help="compare with this instead of running PyTorch")
+    parser.add_argument("--output", type=short, metavar="FILE", help="the JSON (default: log/test_DATE.json)")
+    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--report", nargs="+", type=short, metavar="FILE", help="print earlier runs' tables, merged")
+    parser.add_argument("--update-readme", action="store_true", help="with --report: write them into the README too")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.cases, args.runs, args.warmup, args.no_plot = "1:8", 5, 1, True
+    return args
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    from lseg import report as reports
+    from lseg.files import writable_folder, write_files
+
+    if args.report:
+        return show_reports(args)
+    path = args.output or short(ROOT / "log" / f"test_{time.strftime('%Y%m%d_%H%M%S')}.json")
+    writable_folder(path.parent)
+    report, rows = measure(args)
+    report["rows"] = rows
+    write_files({path: (json.dumps(report, indent=1) + "\n").encode()})
+    print(reports.markdown(report))
+    print(f"\nwrote {path}")
+    if not args.no_plot and any(row["speed"] for row in rows):
+        picture = short(ROOT / "image" / f"{path.stem}.png")
+        try:
+            reports.plot(report, picture)
+            print(f"wrote {picture}")
+        except UserError as error:
+            print(f"note: no plot ({error})")
+    failed = [row["variant"] for row in rows if row["error"] or row["broken"]]
+    if failed:
+        print(f"error: {', '.join(failed)} failed or broke a bound: see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def show_reports(args: argparse.Namespace) -> int:
+    from lseg import report as reports
+    from lseg.files import write_files
+
+    print("\n\n".join(reports.markdown(report) for report in reports.load_reports(args.report)))
+    if args.update_readme:
+        readme = ROOT / "README.md"
+        names = [str(file.resolve().relative_to(ROOT)) for file in args.report]
+        write_files({readme: reports.update_readme(readme, names)[1].encode()})
+    return 0
+
+
+def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Checks all input, opens every backend, measures, and returns the report and its rows."""
+    from lseg import variants
+    from lseg.accuracy import Expected
     from lseg.benchmark import machine
-    from lseg.image import write_files
-    from lseg.runner import available_backends
+    from lseg.dataset import CAMVID, find_dataset
+    from lseg.image import read_image, to_pixels
+    from lseg.labels import parse_labels, read_labels_file
+    from lseg.measure import Bench, Plan
+    from lseg.tensorfile import sha256
+    from lseg.tokenizer import Tokenizer
+    from lseg.weights import resolve
 
+    chosen = variants.choose_variants(args.backends)
+    cases = parse_cases(args.cases)
+    mode = {"official": "multiscale"}.get(args.evaluation, args.evaluation)
+    for name, value, least in (("--runs", args.runs, 1), ("--warmup", args.warmup, 0), ("--limit", args.limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value} cannot be: give at least {least}")
+    names = None
+    if args.labels_file:
+        names = [words[0] for words in read_labels_file(args.labels_file)]
+    elif args.labels:
+        names = list(parse_labels(args.labels).names)
+    dataset = find_dataset(args.dataset, names, args.limit) if args.dataset else None
+    names = list(dataset.labels) if dataset else names or list(CAMVID)
+    tokens = Tokenizer()(names)
+    photos = [read_image(photo) for photo in args.photos]
     if args.random_weights:
         args.weights, args.onnx = random_weights(args.onnx / "random"), args.onnx / "random"
-    chosen = available_backends() if args.backends == "all" else [name.strip() for name in args.backends.split(",")]
-    if any(name != "torch" for name in chosen):
-        export_missing(args)
-    report = {"machine": machine(), "weights": Path(args.weights).stem, "precision": "float32", "resolution": 480}
-    report |= accuracy(args, chosen) if args.dataset else speed(args, chosen)
-    kind = "accuracy" if args.dataset else "speed"
-    path = args.output or ROOT / "log" / f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    write_files({path: (json.dumps(report, indent=1) + "\n").encode()})
-    print(f"wrote {path}")
+    digest = sha256(resolve(args.weights))
+    if any(variant.backend != "torch" for variant in chosen):
+        import enginerun
+
+        enginerun.export_missing(enginerun.parse_args(["--weights", args.weights, "--onnx", str(args.onnx)]))
+    config = model_config(args)
+    pixels = [to_pixels(photo, config["image_size"]) for photo in photos]
+    made_from = (digest, names, mode, dataset and [photo.name for photo, _ in dataset.pairs])
+    inputs = hashlib.sha256(b"".join([repr(made_from).encode(), *(image.tobytes() for image in pixels)])).hexdigest()
+    expected = Expected.load(args.reference, inputs) if args.reference else None
+    report = {
+        "format": "lseg-report-1",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "weights": {"name": Path(args.weights).stem, "sha256": digest, "random": args.random_weights},
+        "image_size": config["image_size"],
+        "labels": names,
+        "photos": [photo.name for photo in args.photos],
+        "reference": "PyTorch in float32",
+        "settings": {"runs": args.runs, "warmup": args.warmup, "table_text_count": TABLE_TEXT_COUNT},
+        "matrix_rate": {},
+    }
+    plan = Plan(
+        weights=args.weights,
+        random_weights=args.random_weights,
+        onnx=args.onnx,
+        engines=args.engines,
+        config=config,
+        photos=pixels,
+        cases=cases,
+        text_counts=(TABLE_TEXT_COUNT,) if args.quick else TEXT_COUNTS,
+        runs=args.runs,
+        warmup=args.warmup,
+    )
+    with Bench(plan, chosen) as bench:
+        bench.open(time_first_calls=not args.no_speed)
+        if not args.no_speed:
+            report["matrix_rate"] = bench.measure_speed()
+        found = bench.measure_accuracy(tokens, dataset, mode, expected)
+        if found is None:
+            print("note: no torch here and no --reference, so accuracy is left out")
+        elif args.save_reference:
+            found.save(args.save_reference, inputs)
+    return report, list(bench.rows.values())
+
+
+def parse_cases(text: str) -> list[tuple[int, int]]:
+    """ "1:8,8:8" to [(1, 8), (8, 8)]: images a call and labels."""
+    cases = []
+    for part in text.split(","):
+        numbers = part.strip().split(":")
+        if len(numbers) != 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+            raise UserError(f"'{part}' is no batch:labels pair: write --cases 1:8,1:150,8:8")
+        cases.append((int(numbers[0]), int(numbers[1])))
+    return cases
 
 
 def random_weights(folder: Path) -> str:
@@ -73,115 +210,15 @@ def random_weights(folder: Path) -> str:
     return str(path)
 
 
-def export_missing(args: argparse.Namespace) -> None:
-    import enginerun
+def model_config(args: argparse.Namespace) -> dict:
+    """The image encoder's sizes, from the exported file where there is one, else from the weights."""
+    from lseg.onnx_file import IMAGE_ONNX, read_metadata
 
-    enginerun.export_missing(enginerun.parse_args(["--weights", str(args.weights), "--onnx", str(args.onnx)]))
+    if (args.onnx / IMAGE_ONNX).is_file():
+        return read_metadata(args.onnx / IMAGE_ONNX)["image_config"]
+    from lseg import checkpoint
 
-
-def speed(args: argparse.Namespace, backends: list[str]) -> dict:
-    """Times each stage of each backend from the host's image to the host's label map, interleaved."""
-    import contextlib
-
-    import numpy as np
-
-    from lseg.benchmark import interleaved, summarise
-    from lseg.image import read_image, to_pixels
-    from lseg.labels import parse_labels
-    from lseg.runner import Timings, open_runner
-    from lseg.tokenizer import Tokenizer
-
-    tokens = Tokenizer()(parse_labels(args.labels).names)
-    with contextlib.ExitStack() as stack:
-        runners = {name: stack.enter_context(open_runner(name, args.weights, args.onnx)) for name in backends}
-        pixels = to_pixels(read_image(args.photo), next(iter(runners.values())).image_size)
-        pixels = np.stack([np.roll(pixels, 16 * i, axis=1) for i in range(args.batch)])
-
-        def one(runner) -> dict[str, float]:
-            timings = Timings()
-            text = timings.measure("encode_text", lambda: runner.encode_text(tokens))
-            timings.add(runner.segment(pixels, text).timings)
-            return timings.milliseconds
-
-        calls = {name: (lambda runner=runner: one(runner)) for name, runner in runners.items()}
-        taken: dict[str, dict[str, list[float]]] = {name: {} for name in runners}
-        first: dict[str, float] = {}
-        for name, turn, stages in interleaved(calls, args.warmup, args.runs):
-            first.setdefault(name, stages["total"])
-            if turn >= 0:
-                for stage, value in stages.items():
-                    taken[name].setdefault(stage, []).append(value)
-        reference = runners[backends[-1]]
-        text = reference.encode_text(tokens)
-        embeddings, labels = reference.encode_image(pixels), reference.segment(pixels, text).labels
-        rows = []
-        for name, runner in runners.items():
-            error = runner.encode_image(pixels) - embeddings
-            row = {"backend": name, "description": runner.description, "first_call_ms": first[name]}
-            row["compared_with"] = backends[-1]
-            row["relative_difference"] = float(np.linalg.norm(error) / np.linalg.norm(embeddings))
-            row["label_agreement_percent"] = float(np.mean(runner.segment(pixels, text).labels == labels) * 100)
-            row["milliseconds"] = {stage: summarise(values) for stage, values in taken[name].items()}
-            rows.append(row)
-    print(f"median milliseconds (p99), batch {args.batch}, {len(tokens)} labels, weights: {Path(args.weights).stem}")
-    for row in rows:
-        stages = ", ".join(f"{k} {v['median']:.1f} ({v['p99']:.1f})" for k, v in row["milliseconds"].items())
-        print(f"  {row['description']}: {stages}")
-        agreement, error = row["label_agreement_percent"], row["relative_difference"]
-        print(f"    against {backends[-1]}: labels {agreement:.3f} % equal, embeddings {error:.1e} off")
-    return {"kind": "speed", "batch": args.batch, "labels": len(tokens), "rows": rows}
-
-
-def accuracy(args: argparse.Namespace, backends: list[str]) -> dict:
-    """Pixel accuracy, IoU per label and mIoU of each backend over whole photos, and agreement with the last of them."""
-    import cv2
-    import numpy as np
-    from tqdm import tqdm
-
-    from lseg.image import labels_to_photo, read_image, to_pixels
-    from lseg.labels import parse_labels
-    from lseg.metrics import class_iou, confusion, pixel_accuracy
-    from lseg.runner import open_runner
-    from lseg.tokenizer import Tokenizer
-
-    pairs = find_pairs(args.dataset)[: args.limit]
-    names = parse_labels(args.labels).names
-    tokens = Tokenizer()(names)
-    rows, maps = [], {}
-    for backend in backends:
-        with open_runner(backend, args.weights, args.onnx) as runner:
-            text = runner.encode_text(tokens)
-            total, maps[backend] = 0, []
-            for photo, mask in tqdm(pairs, desc=backend, unit="image", disable=None):
-                image, truth = read_image(photo), cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
-                if truth is None or truth.shape[:2] != image.shape[:2] or truth.ndim != 2:
-                    raise UserError(f"{mask} is not a mask of {photo}'s size with one value a pixel")
-                labels = runner.segment(to_pixels(image, runner.image_size)[None], text).labels[0]
-                maps[backend].append(labels.astype(np.uint16))
-                total = total + confusion(labels_to_photo(labels, *image.shape[1::-1]), truth, len(names))
-            iou = class_iou(total) * 100
-            row = {"backend": backend, "description": runner.description, "images": len(pairs)}
-            row |= {"pixel_accuracy": pixel_accuracy(total) * 100, "miou": float(np.nanmean(iou))}
-            row |= {"iou": dict(zip(names, np.round(iou, 2).tolist(), strict=True))}
-            rows.append(row)
-        print(f"{runner.description}: mIoU {row['miou']:.2f}, pixel accuracy {row['pixel_accuracy']:.2f}")
-        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in row["iou"].items()))
-    reference = backends[-1]
-    for row in rows:
-        same = np.mean([np.mean(a == b) for a, b in zip(maps[row["backend"]], maps[reference], strict=True)])
-        row["label_agreement"] = {"with": reference, "percent": float(same * 100)}
-    return {"kind": "accuracy", "dataset": args.dataset.name, "labels": list(names), "rows": rows}
-
-
-def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """Photos and their masks; raises UserError where there are none or a mask is missing."""
-    photos = sorted(folder.glob("*.jpg"))
-    if not photos:
-        raise UserError(f"{folder} holds no NAME.jpg: give a folder of images with masks NAME.png")
-    for photo in photos:
-        if not photo.with_suffix(".png").is_file():
-            raise UserError(f"{photo} has no mask {photo.stem}.png beside it")
-    return [(photo, photo.with_suffix(".png")) for photo in photos]
+    return checkpoint.load(args.weights).image_config.to_dict()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,17 @@ def gpu_count() -> int:
     return count.value
 
 
+def gpu_name(index: int = 0) -> str:
+    """A GPU's name, as the driver gives it; "GPU" where it does not. Imports nothing."""
+    name = ctypes.create_string_buffer(256)
+    if gpu_count() <= index:
+        return "GPU"
+    driver, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    if driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetName(name, len(name), device):
+        return "GPU"
+    return name.value.decode(errors="replace")
+
+
 class Device:
     """A GPU's primary context. `with device:` makes it current in this thread, as often as nested.
 

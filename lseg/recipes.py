@@ -45,10 +45,10 @@ class Recipe:
         return 4 * self.config["image_size"] // self.config["patch_size"]
 
     def spec(self, name: str) -> EngineSpec:
-        """The spec of the engine `name`: "labels", "embeddings", "pass" or "text"."""
+        """The spec of the engine `name`: "labels", "embeddings", "scores", "pass" or "text"."""
         file = TEXT_ONNX if name == "text" else IMAGE_ONNX
         extra: dict[str, object] = {"recipe": RECIPE, "token_multiple": TOKEN_MULTIPLE}
-        if self.matmul == "2d" and name in ("labels", "embeddings"):
+        if self.matmul == "2d" and name in ("labels", "embeddings", "scores"):
             extra["heads_per_product"] = self.heads_per_product
         return EngineSpec(
             name=name,
@@ -72,7 +72,7 @@ class Recipe:
             return ({"tokens": ((1, 77), (USUAL_LABELS, 77), (LABELS_A_PASS, 77))},)
         batches = ((1, 1, 1),) if self.matmul == "2d" else ((1, 1, 1), (2, MAX_BATCH, MAX_BATCH))
         profiles = []
-        for batch in batches[:1] if name == "pass" else batches:
+        for batch in batches[:1] if name in ("pass", "scores") else batches:
             most = LABELS_A_PASS if batch[2] == 1 else LABELS_IN_BATCH
             text = tuple((n, dimension) for n in (1, USUAL_LABELS, most))
             pixels = tuple((b, size, size, 3) for b in batch)
@@ -82,6 +82,7 @@ class Recipe:
                 {
                     "labels": {"pixels": pixels, "text": text},
                     "embeddings": {"pixels": pixels},
+                    "scores": {"image": tuple((b, 3, size, size) for b in batch), "text": text},
                     "pass": {
                         "embeddings": wide,
                         "text": text,
@@ -115,4 +116,8 @@ class Recipe:
             core = pad_tokens(rewrite_matmuls(core, self.matmul), TOKEN_MULTIPLE)
         if half:
             core = to_float16(core)
-        return scoring.label_graph(core) if name == "labels" else scoring.embedding_graph(core)
+        return {
+            "labels": scoring.label_graph,
+            "embeddings": scoring.embedding_graph,
+            "scores": scoring.score_graph,
+        }[name](core)

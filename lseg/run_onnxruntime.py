@@ -9,10 +9,19 @@ import numpy as np
 import onnxruntime as ort
 
 from lseg import tensorfile
+from lseg.cuda import gpu_name
 from lseg.errors import UserError
 from lseg.image import normalise
-from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, check_weights, parse_metadata, remedy_for
-from lseg.runner import Segmentation, Timings, merge_passes
+from lseg.onnx_file import (
+    IMAGE_ONNX,
+    SIMILARITY_ONNX,
+    TEXT_ONNX,
+    check_text,
+    check_weights,
+    parse_metadata,
+    remedy_for,
+)
+from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, segment_in_stages
 from lseg.weights import REMEDY, resolve
 
 TEXT_REMEDY = "give CLIP ViT-B/32's text encoder, or leave --text-onnx out"
@@ -39,11 +48,17 @@ def default_providers() -> list:
     return providers
 
 
+def _metadata(session: ort.InferenceSession) -> dict[str, object]:
+    return parse_metadata(session.get_modelmeta().custom_metadata_map)
+
+
 class TextSession:
     """A CLIP text encoder as ONNX: this project's, or a ready-made one (integer tokens in, vectors out)."""
 
-    def __init__(self, path: Path, dimension: int | None = None, remedy: str = TEXT_REMEDY):
-        self.session = open_session(path, remedy)
+    def __init__(
+        self, path: Path, dimension: int | None = None, remedy: str = TEXT_REMEDY, providers: list | None = None
+    ):
+        self.session = open_session(path, remedy, providers)
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         types = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
         if len(inputs) != 1 or len(shape := inputs[0].shape) == 1 or len(shape) == 3:
@@ -61,12 +76,12 @@ class TextSession:
 
     @property
     def metadata(self) -> dict[str, object]:
-        return parse_metadata(self.session.get_modelmeta().custom_metadata_map)
+        return _metadata(self.session)
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """tokens int32 [N, 77] to unit vectors float32 [N, D]; raises UserError where the vectors are unusable."""
         rows = tokens.astype(self.dtype)
-        step = 1 if self.one_by_one else 256
+        step = 1 if self.one_by_one else TEXTS_A_RUN
         try:
             parts = [
                 self.session.run([self.output], {self.input: rows[i : i + step]})[0] for i in range(0, len(rows), step)
@@ -88,9 +103,17 @@ class TextSession:
 
 
 class OnnxRuntimeRunner:
-    """See `lseg.runner.Runner`."""
+    """See `lseg.runner.Runner`.
 
-    def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None):
+    Args:
+        weights: as `--weights`.
+        folder: of the exported ONNX files.
+        text_onnx: another CLIP text encoder.
+        device: "cpu", or None for CUDA where the installed build has it.
+    """
+
+    def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None, device: str | None = None):
+        self._providers = default_providers() if device != "cpu" else ["CPUExecutionProvider"]
         sha256 = tensorfile.sha256(resolve(weights))
         self.remedy = remedy_for("lseg_export.py", weights, folder)
         try:
@@ -98,23 +121,25 @@ class OnnxRuntimeRunner:
             self.scoring = self._open(folder / SIMILARITY_ONNX, "similarity", sha256)
             self.image_size = self.image.get_inputs()[0].shape[2]
             dimension = self.image.get_outputs()[0].shape[1]
+            self.text_encoder = None
             if text_onnx is None:
                 path, remedy = folder / TEXT_ONNX, remedy_for("clip_onnx_export.py", weights, folder)
-                self.text = TextSession(path, dimension, remedy)
-                check_weights(path, self.text.metadata, "clip_textual", sha256, remedy)
+                self.text = TextSession(path, dimension, remedy, self._providers)
+                check_text(path, self.text.metadata, _metadata(self.image), sha256, remedy)
+                self.text_encoder = str(self.text.metadata["weights_sha256"])
             else:
-                self.text = TextSession(text_onnx, dimension)
+                self.text = TextSession(text_onnx, dimension, providers=self._providers)
         except UserError:
             if importlib.util.find_spec("torch"):
                 tensorfile.read(resolve(weights), REMEDY)  # what is no checkpoint at all is better told so
             raise
         on_gpu = "CUDAExecutionProvider" in self.image.get_providers()
         self.device = "cuda" if on_gpu else "cpu"
-        self.description = f"ONNX Runtime {ort.__version__} ({'CUDA' if on_gpu else 'CPU'}), float32"
+        self.identity = Identity(f"ONNX Runtime {ort.__version__}", gpu_name() if on_gpu else "CPU")
 
     def _open(self, path: Path, kind: str, sha256: str) -> ort.InferenceSession:
-        session = open_session(path, self.remedy)
-        check_weights(path, parse_metadata(session.get_modelmeta().custom_metadata_map), kind, sha256, self.remedy)
+        session = open_session(path, self.remedy, self._providers)
+        check_weights(path, _metadata(session), kind, sha256, self.remedy)
         return session
 
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
@@ -124,12 +149,10 @@ class OnnxRuntimeRunner:
         return self._embed(normalise(pixels)).numpy()
 
     def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
-        timings = Timings()
-        images = timings.measure("preprocess", lambda: normalise(pixels))
-        embeddings = timings.measure("encode_image", lambda: self._embed(images))
-        score = lambda part: self._score(embeddings, part)  # noqa: E731
-        labels, best = timings.measure("similarity", lambda: merge_passes(text, len(pixels), score))
-        return Segmentation(labels, best, timings)
+        return segment_in_stages(pixels, text, self._embed, self._score)
+
+    def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
+        return self._scoring(self._embed(images), text, ("scores",))[0]
 
     def _embed(self, images: np.ndarray) -> ort.OrtValue:
         """float32 [B, 3, S, S] to embeddings that stay on the device."""
@@ -146,13 +169,17 @@ class OnnxRuntimeRunner:
         return binding.get_outputs()[0]
 
     def _score(self, embeddings: ort.OrtValue, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels, best = self._scoring(embeddings, text, ("labels", "best"))
+        return labels, best
+
+    def _scoring(self, embeddings: ort.OrtValue, text: np.ndarray, outputs: tuple[str, ...]) -> list[np.ndarray]:
         binding = self.scoring.io_binding()
         binding.bind_ortvalue_input("embeddings", embeddings)
         binding.bind_cpu_input("text", np.ascontiguousarray(text))
-        binding.bind_output("labels")
-        binding.bind_output("best")
+        for name in outputs:
+            binding.bind_output(name)
         self.scoring.run_with_iobinding(binding)
-        return tuple(value.numpy() for value in binding.get_outputs())
+        return [value.numpy() for value in binding.get_outputs()]
 
     def close(self) -> None:
         self.image = self.scoring = self.text = None

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lseg.cuda import Buffer, Device, Graph
+from lseg.cuda import Buffer, Device, Graph, gpu_count
 from lseg.engine import discard, engine_path, get_engine, import_tensorrt, provenance
 from lseg.errors import UserError
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_weights, read_metadata, remedy_for
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_text, check_weights, read_metadata, remedy_for
 from lseg.recipes import LABELS_A_PASS, LABELS_IN_BATCH, MAX_BATCH, Recipe
-from lseg.runner import EngineOptions, Segmentation, Timings
+from lseg.runner import EngineOptions, Identity, Segmentation, Timings
 from lseg.tensorfile import sha256
 from lseg.weights import resolve
 
@@ -116,6 +116,8 @@ class TensorRTRunner:
         text_onnx: Path | None = None,
         cuda_graphs: bool = True,
     ):
+        if not gpu_count():
+            raise UserError("no GPU is there, or its driver does not answer: choose --backend onnxruntime or torch")
         trt = import_tensorrt()
         precision = options.precision
         self.matmul = options.matmul or DEFAULT_MATMUL[precision]
@@ -127,16 +129,18 @@ class TensorRTRunner:
         self.image_size: int = self.config["image_size"]
         self.recipe = Recipe(folder, self.config, precision, self.matmul, options.optimization_level)
         self.side = 2 * self.recipe.side  # of the embeddings: 240
-        self.text_session = None
+        self.text_session = self.text_encoder = None
         if text_onnx:
             from lseg.run_onnxruntime import TextSession
 
             self.text_session = TextSession(text_onnx, self.config["embedding"])
         else:
             remedy = remedy_for("clip_onnx_export.py", weights, folder)
-            check_weights(folder / TEXT_ONNX, read_metadata(folder / TEXT_ONNX), "clip_textual", digest, remedy)
+            text_metadata = read_metadata(folder / TEXT_ONNX)
+            check_text(folder / TEXT_ONNX, text_metadata, metadata, digest, remedy)
+            self.text_encoder = f"{text_metadata['weights_sha256']} {self.recipe.text_precision}".removesuffix(" fp32")
         self.device = Device()
-        self.description = f"TensorRT {trt.__version__} ({self.device.name}), {precision}, {self.matmul} MatMuls"
+        self.identity = Identity(f"TensorRT {trt.__version__}", self.device.name, precision, self.matmul)
         self._lock = threading.RLock()
         self._loaded: dict[str, Engine] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
@@ -186,6 +190,25 @@ class TensorRTRunner:
         labels = maps[0] if len(maps) == 1 else np.concatenate(maps)
         timings.milliseconds.update({"preprocess": 0.0, "similarity": 0.0})
         return Segmentation(labels, None, timings)
+
+    def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
+        size = self.image_size
+        result = np.empty((len(images), len(text), size, size), np.float32)
+        with self._lock, self.device:
+            engine = self._engine("scores")
+            for index, image in enumerate(images):
+                for start in range(0, len(text), LABELS_A_PASS):
+                    group = text[start : start + LABELS_A_PASS]
+                    context = engine.bind({"image": (1, *image.shape), "text": group.shape})
+                    for name, values in (("image", image), ("text", group)):
+                        engine.buffers[name].host[: values.size] = values.ravel()
+                        engine.buffers[name].upload(self.stream, values.size)
+                    engine.enqueue(context)
+                    found = result[index, start : start + len(group)]
+                    engine.buffers["scores"].download(self.stream, found.size)
+                    self.stream.synchronize()
+                    found[...] = engine.buffers["scores"].host[: found.size].reshape(found.shape)
+        return result
 
     def _check(self, pixels: np.ndarray) -> None:
         size = self.image_size

@@ -13,10 +13,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from lseg.errors import UserError
+from lseg.image import normalise
 
 # Labels scored in one pass of a batch of one. The scores at 240 x 240 and at 480 x 480 take 1.15 MB a label: a pass
-# stays under 300 MB, whatever the number of labels.
-LABELS_A_PASS = 256
+# stays under 150 MB, whatever the number of labels.
+LABELS_A_PASS = 128
+TEXTS_A_RUN = 64  # texts encoded at once: CLIP's text encoder takes 1.5 MB for each
 STAGES = ("decode", "preprocess", "encode_text", "encode_image", "similarity", "draw")
 
 T = TypeVar("T")
@@ -51,16 +53,32 @@ class Segmentation:
     timings: Timings
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What runs: the library with its version, the device it runs on, and the arithmetic."""
+
+    library: str  # "ONNX Runtime 1.31.1"
+    device: str  # "CPU" or the GPU's name
+    precision: str = "fp32"  # "fp32", "tf32", "fp16"
+    matmul: str | None = None  # TensorRT's form of attention's products: "4d", "3d" or "2d"
+
+    def __str__(self) -> str:
+        form = f", {self.matmul} MatMuls" if self.matmul else ""
+        return f"{self.library} ({self.device}), {self.precision}{form}"
+
+
 class Runner(Protocol):
     """One backend with LSeg loaded. Use as a context manager, or close it.
 
     Attributes:
-        description: the backend, its version and device, for the user.
+        identity: the library, device and arithmetic; as a string for the user.
         image_size: S, the side of the network's square input.
+        text_encoder: tells text encoders apart, for keeping their embeddings; None where they must not be kept.
     """
 
-    description: str
+    identity: Identity
     image_size: int
+    text_encoder: str | None
 
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
         """tokens int32 [N, 77] to unit vectors float32 [N, D]."""
@@ -72,6 +90,10 @@ class Runner(Protocol):
 
     def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
         """pixels uint8 [B, S, S, 3], RGB, and texts float32 [N, D] to label maps."""
+        ...
+
+    def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """images float32 [B, 3, S, S], normalised, and texts float32 [N, D] to cosines float32 [B, N, S, S]."""
         ...
 
     def close(self) -> None: ...
@@ -104,6 +126,32 @@ def merge_passes(
         labels = np.where(better, more_labels + np.int32(start), labels)
         best = np.where(better, more_best, best)
     return labels, best
+
+
+E = TypeVar("E")
+
+
+def segment_in_stages(
+    pixels: np.ndarray,
+    text: np.ndarray,
+    embed: Callable[[np.ndarray], E],
+    score: Callable[[E, np.ndarray], tuple[np.ndarray, np.ndarray]],
+) -> Segmentation:
+    """`Runner.segment` for a backend whose image encoder and scoring are two calls.
+
+    Args:
+        pixels: uint8 [B, S, S, 3], RGB.
+        text: float32 [N, D].
+        embed: images float32 [B, 3, S, S] to the backend's own embeddings; returns when its device is done.
+        score: those and texts [n, D] to (labels int32 [B, S, S], best float32 [B, S, S]).
+    """
+    timings = Timings()
+    images = timings.measure("preprocess", lambda: normalise(pixels))
+    embeddings = timings.measure("encode_image", lambda: embed(images))
+    labels, best = timings.measure(
+        "similarity", lambda: merge_passes(text, len(pixels), lambda part: score(embeddings, part))
+    )
+    return Segmentation(labels, best, timings)
 
 
 def available_backends() -> list[str]:

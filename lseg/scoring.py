@@ -60,7 +60,7 @@ def cut_head(encoder: onnx.ModelProto) -> onnx.ModelProto:
     inputs = [maker.get(name) for name in divide.input] if divide is not None and divide.op_type == "Div" else []
     if [node.op_type if node is not None else "" for node in inputs] != ["Resize", "ReduceL2"]:
         raise UserError("the ONNX file does not end as lseg_export.py's image encoder does: export it again")
-    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in graph.output[0].type.tensor_type.shape.dim)
+    batch, dimension, side, _ = _dims(graph.output[0])
     z = inputs[0].input[0]
     _drop_unused(graph, [z])
     del graph.output[:], graph.value_info[:]
@@ -76,11 +76,33 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     what follows them in float32.
     """
     model, z = _with_pixels(core)
-    graph = model.graph
-    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in z.type.tensor_type.shape.dim)
-    graph.input.append(helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]))
-    graph.output.append(helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, 4 * side, 4 * side]))
-    build = _Graph(graph, "labels")
+    build = _Graph(model.graph, "labels")
+    batch, _, side, _ = _dims(z)
+    model.graph.output.append(helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, 4 * side, 4 * side]))
+    best = build.op("ArgMax", _double(build, _cosines(build, z)), axis=1, keepdims=0)  # [B, 4h, 4h]
+    best = build.op("Cast", best, to=TensorProto.FLOAT)  # some versions of TensorRT make uint8 of float32 only
+    build.op("Cast", best, to=TensorProto.UINT8, output="labels")
+    return model
+
+
+def score_graph(core: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph of windows: `image` float32 [B, 3, S, S], normalised, and `text` to `scores` float32 [B, N, S, S]."""
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    z = core.graph.output[0]
+    batch, _, side, _ = _dims(z)
+    del model.graph.output[:]
+    shape = [batch, "N", 4 * side, 4 * side]
+    model.graph.output.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape))
+    build = _Graph(model.graph, "scores")
+    _double(build, _cosines(build, z), output="scores")
+    return model
+
+
+def _cosines(build: _Graph, z: onnx.ValueInfoProto) -> str:
+    """Adds the input `text` float32 [N, D] and what gives its cosines with the pixels, float32 [B, N, 2h, 2h]."""
+    _, dimension, side, _ = _dims(z)
+    build.graph.input.append(helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]))
     text = build.op("Cast", "text", to=z.type.tensor_type.elem_type)
     flat = build.op("Reshape", z.name, build.ints(0, dimension, side * side))  # [B, D, h*h]
     dot = build.op("MatMul", text, flat)  # [B, N, h*h]
@@ -88,18 +110,14 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     dot = _double(build, build.op("Cast", dot, to=TensorProto.FLOAT))  # [B, N, 2h, 2h]
     wide = build.op("Cast", _double(build, z.name), to=TensorProto.FLOAT)  # the engine fuses the cast into the sum
     length = build.op("ReduceL2", wide, axes=[1], keepdims=1)  # [B, 1, 2h, 2h]
-    scores = _double(build, build.op("Div", dot, length))  # [B, N, 4h, 4h]
-    best = build.op("ArgMax", scores, axis=1, keepdims=0)  # [B, 4h, 4w]
-    best = build.op("Cast", best, to=TensorProto.FLOAT)  # some versions of TensorRT make uint8 of float32 only
-    build.op("Cast", best, to=TensorProto.UINT8, output="labels")
-    return model
+    return build.op("Div", dot, length)
 
 
 def embedding_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     """The features graph around an encoder that ends with z: `pixels` to `embeddings` [B, D, 2h, 2h] in z's type."""
     model, z = _with_pixels(core)
     graph, kind = model.graph, z.type.tensor_type.elem_type
-    batch, dimension, side, _ = (d.dim_param or d.dim_value for d in z.type.tensor_type.shape.dim)
+    batch, dimension, side, _ = _dims(z)
     graph.output.append(helper.make_tensor_value_info("embeddings", kind, [batch, dimension, 2 * side, 2 * side]))
     build = _Graph(graph, "embeddings")
     x = build.op("Cast", _double(build, z.name), to=TensorProto.FLOAT)
@@ -146,7 +164,7 @@ def _with_pixels(core: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ValueInfo
     model.CopyFrom(core)
     graph = model.graph
     image, z = graph.input[0], graph.output[0]
-    batch, _, height, width = (d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim)
+    batch, _, height, width = _dims(image)
     first = _Graph(onnx.GraphProto(), "pixels")
     x = first.op("Cast", "pixels", to=TensorProto.FLOAT)  # [B, S, S, 3]
     x = first.op("Transpose", x, perm=[0, 3, 1, 2])  # [B, 3, S, S]
@@ -173,9 +191,15 @@ def _drop_unused(graph: onnx.GraphProto, outputs: list[str]) -> None:
     graph.initializer.extend(weights)
 
 
-def _double(build: _Graph, x: str) -> str:
+def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
+    """A tensor's shape; the name of an axis that is free."""
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def _double(build: _Graph, x: str, output: str | None = None) -> str:
     scales = build.floats(np.array([1, 1, 2, 2]))
-    return build.op("Resize", x, "", scales, mode="linear", coordinate_transformation_mode="align_corners")
+    how = {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
+    return build.op("Resize", x, "", scales, output=output, **how)
 
 
 def load_encoder(path: Path) -> onnx.ModelProto:

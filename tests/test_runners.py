@@ -18,8 +18,9 @@ from onnx import TensorProto, helper
 import clip_onnx_export
 import enginerun
 import lseg_export
-from lseg import onnx_file
+from lseg import checkpoint, onnx_file, specs
 from lseg.errors import UserError, short
+from lseg.export import export_onnx
 from lseg.image import read_image, to_pixels
 from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, remedy_for
 from lseg.run_onnxruntime import OnnxRuntimeRunner
@@ -110,10 +111,10 @@ class TestAgreement:
         import onnxruntime
         import torch
 
-        described = [runner.description for runner in tiny_runners.values()]
+        described = [str(runner.identity) for runner in tiny_runners.values()]
         assert described[0].startswith(f"ONNX Runtime {onnxruntime.__version__} (")
         assert described[1].startswith(f"PyTorch {torch.__version__} (")
-        assert all(text.endswith("), float32") for text in described)
+        assert all(text.endswith("), fp32") for text in described)
         assert all(runner.image_size == 64 for runner in tiny_runners.values())
 
     @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
@@ -122,6 +123,45 @@ class TestAgreement:
             assert runner.image is not None
             raise RuntimeError("stop")
         assert runner.image is None
+
+
+class TestWeightsWithoutClip:
+    """A checkpoint of the image encoder alone goes with CLIP's own text encoder."""
+
+    @pytest.fixture
+    def files(self, tiny, tmp_path):
+        weights = checkpoint.load(tiny.weights)
+        text = checkpoint.load_text_encoder(weights)
+        tensors = {n: t for n, t in weights.tensors.items() if not n.startswith(checkpoint.CLIP_PREFIX)}
+        path, folder = tmp_path / "alone.safetensors", tmp_path / "onnx"
+        checkpoint.save_safetensors(path, tensors, weights.image_config, None)
+        options = ["--weights", str(path), "--output", str(folder), "--quiet"]
+        lseg_export.main(lseg_export.parse_args(options))
+        made_from = {"weights": "ViT-B-32", "weights_sha256": "7" * 64, "text_config": text.config.to_dict()}
+        return str(path), folder, specs.text_spec(text, made_from)
+
+    def test_clips_own_serves(self, tiny, files, seed):
+        path, folder, spec = files
+        spec.metadata["source"] = "clip"
+        export_onnx(spec, folder / TEXT_ONNX)
+        tokens = Tokenizer()(WORDS)
+        with OnnxRuntimeRunner(path, folder) as runner, OnnxRuntimeRunner(*tiny) as whole:
+            assert runner.text_encoder == "7" * 64
+            assert relative(runner.encode_text(tokens), whole.encode_text(tokens)) < 1e-6
+
+    def test_others_do_not(self, tiny, files, tmp_path):
+        path, folder, spec = files
+        export_onnx(spec, folder / TEXT_ONNX)
+        remedy = r"run 'python .*clip_onnx_export.py --weights openai --output .*'$"
+        with pytest.raises(UserError, match=f"was exported from other weights .ViT-B-32. than asked for: {remedy}"):
+            OnnxRuntimeRunner(path, folder)
+        with pytest.raises(UserError, match="holds no CLIP text encoder: .*--weights openai.*give it with --text-onnx"):
+            TorchRunner(path)
+        spec.metadata["source"] = "clip"
+        own = Path(shutil.copytree(tiny.folder, tmp_path / "own"))
+        export_onnx(spec, own / TEXT_ONNX)
+        with pytest.raises(UserError, match="was exported from other weights .ViT-B-32. than asked for"):
+            OnnxRuntimeRunner(tiny.weights, own)  # these weights hold a text encoder of their own
 
 
 class TestTimings:
@@ -191,7 +231,7 @@ print(status, sorted(set(others) & set(sys.modules)), any(name.startswith("torch
         with pytest.raises(UserError) as error:
             enginerun.main(args)
         assert str(error.value) == (
-            f"{short(tmp_path) / IMAGE_ONNX} is to be exported, and torch is not installed: run './requirements.sh', "
+            f"{short(tmp_path) / TEXT_ONNX} is to be exported, and torch is not installed: run './requirements.sh', "
             "or bring the ONNX files from where they were exported"
         )
 
