@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--text-onnx", type=short, metavar="FILE", help="a ready-made CLIP text encoder as ONNX")
     engine = parser.add_argument_group("TensorRT engines")
-    engine.add_argument("--precision", choices=("fp32", "tf32", "fp16"), default="fp16", help="default: fp16")
+    engine.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp16", help="default: fp16")
     engine.add_argument("--matmul", choices=("4d", "3d", "2d"), help="form of attention's products (default: 4d)")
     engine.add_argument("--opt-level", type=int, default=3, choices=range(6), help="the builder's effort (default: 3)")
     engine.add_argument(

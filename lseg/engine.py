@@ -33,7 +33,7 @@ class EngineSpec:
 
     name: str  # "labels", "scores", "embeddings", "pass" or "text"
     onnx_sha256: str  # of the exported file that the graph is prepared from
-    precision: str  # "fp32", "tf32" or "fp16"
+    precision: str  # "fp32", "tf32", "fp16" or "bf16"
     matmul: str  # "4d", "3d" or "2d"
     profiles: tuple[Profile, ...]
     recipe: dict[str, object] = field(default_factory=dict)  # what else decides the graph
@@ -182,7 +182,10 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         reason = logger.last_error or "it gives no reason"
-        raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): free GPU memory")
+        remedy = (
+            "free GPU memory" if "memory" in reason.lower() else "try another --precision, and see log/tensorrt.log"
+        )
+        raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): {remedy}")
     if cache is not None:
         write_files({cache_file: bytes(config.get_timing_cache().serialize())})
     return bytes(serialized)

@@ -28,7 +28,7 @@ class Recipe:
     Attributes:
         folder: of the exported ONNX files.
         config: the image encoder's sizes, as the exported file's metadata has them.
-        precision: "fp32", "tf32" or "fp16".
+        precision: "fp32", "tf32", "fp16" or "bf16".
         matmul: "4d", "3d" or "2d", of the image encoder; the text encoder has "4d" for "2d".
     """
 
@@ -63,7 +63,7 @@ class Recipe:
     @property
     def text_precision(self) -> str:
         """Texts are embedded once and kept: float32 costs nothing that matters."""
-        return "fp32" if self.precision == "fp16" else self.precision
+        return self.precision if self.precision == "tf32" else "fp32"
 
     def profiles(self, name: str) -> tuple[Profile, ...]:
         """One profile for a single image, tuned to it, and one for batches."""
@@ -100,12 +100,12 @@ class Recipe:
 
         from lseg import scoring
         from lseg.padding import pad_tokens
-        from lseg.precision import to_float16
+        from lseg.precision import to_bfloat16, to_float16
         from lseg.rewrite import rewrite_matmuls
 
-        half = self.precision == "fp16"
+        types = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
         if name == "pass":
-            kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+            kind = types.get(self.precision, onnx.TensorProto.FLOAT)
             return scoring.pass_graph(kind, self.config["embedding"], self.side)
         if name == "text":
             return rewrite_matmuls(scoring.load_encoder(self.folder / TEXT_ONNX), self.spec("text").matmul)
@@ -114,8 +114,7 @@ class Recipe:
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)
         else:
             core = pad_tokens(rewrite_matmuls(core, self.matmul), TOKEN_MULTIPLE)
-        if half:
-            core = to_float16(core)
+        core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         return {
             "labels": scoring.label_graph,
             "embeddings": scoring.embedding_graph,

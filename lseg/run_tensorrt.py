@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,87 +11,15 @@ import numpy as np
 from lseg.cuda import Buffer, Device, Graph, gpu_count
 from lseg.engine import discard, engine_path, get_engine, import_tensorrt, provenance
 from lseg.errors import UserError
+from lseg.loaded_engine import Engine, EngineRefused, to_float32
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_text, check_weights, read_metadata, remedy_for
 from lseg.recipes import LABELS_A_PASS, LABELS_IN_BATCH, MAX_BATCH, Recipe
 from lseg.runner import EngineOptions, Identity, Segmentation, Timings
 from lseg.tensorfile import sha256
 from lseg.weights import resolve
 
-TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
 # One 2-D product per head took 1.27 times as long as 4-D products on an H100 (TensorRT 8.6.0, float32, ViT-L/16).
-DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d"}
-
-
-class Engine:
-    """A loaded engine with a context and buffers for each of its profiles. Use with the device current.
-
-    Inputs and outputs live in `buffers`, as large as the profiles allow; `bind` sets the shapes of the next run.
-    """
-
-    def __init__(self, device: Device, serialized: bytes, stream: object, shared: dict[str, Buffer] | None = None):
-        trt = import_tensorrt()
-        from lseg.engine import make_logger
-
-        self._logger = make_logger(trt)
-        self._runtime = trt.Runtime(self._logger)
-        self.engine = self._runtime.deserialize_cuda_engine(serialized)
-        if self.engine is None:
-            raise EngineRefused(self._logger.last_error)
-        self._trt, self._stream = trt, stream
-        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.inputs = [n for n in self.names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self.contexts = []
-        for index in range(self.engine.num_optimization_profiles):
-            context = self.engine.create_execution_context()
-            if context is None or not context.set_optimization_profile_async(index, stream.handle):
-                raise UserError(f"the GPU has no memory left to run the engine ({self._logger.last_error})")
-            self.contexts.append(context)
-        stream.synchronize()
-        self.shared = shared or {}
-        self.owned = {name: self._buffer(device, name) for name in self.names if name not in self.shared}
-        self.buffers = {**self.owned, **self.shared}
-
-    def _buffer(self, device: Device, name: str) -> Buffer:
-        largest = 0
-        for index, context in enumerate(self.contexts):
-            for other in self.inputs:
-                context.set_input_shape(other, self.engine.get_tensor_profile_shape(other, index)[2])
-            largest = max(largest, int(np.prod(context.get_tensor_shape(name))))
-        dtype = TYPES[self.engine.get_tensor_dtype(name).name]
-        return Buffer(device, (largest,), dtype, host=name != "embeddings")
-
-    def bind(self, shapes: dict[str, tuple[int, ...]]) -> object:
-        """Chooses the profile that takes these input shapes, sets shapes and addresses, and returns its context."""
-        for index, context in enumerate(self.contexts):
-            ranges = {name: self.engine.get_tensor_profile_shape(name, index) for name in shapes}
-            if all(_within(shape, ranges[name]) for name, shape in shapes.items()):
-                for name, shape in shapes.items():
-                    if not context.set_input_shape(name, shape):
-                        raise UserError(f"the engine refuses {name} of shape {list(shape)}: {self._logger.last_error}")
-                for name in self.names:
-                    context.set_tensor_address(name, self.buffers[name].address)
-                return context
-        largest = self.engine.get_tensor_profile_shape(next(iter(shapes)), len(self.contexts) - 1)[2]
-        raise UserError(f"the engine takes at most {list(largest)} at a time, not {list(next(iter(shapes.values())))}")
-
-    def enqueue(self, context: object) -> None:
-        if not context.execute_async_v3(self._stream.handle):
-            raise UserError(f"the engine failed to run ({self._logger.last_error}): free GPU memory and try again")
-
-    def close(self) -> None:
-        for buffer in self.owned.values():
-            buffer.free()
-        self.contexts.clear()
-        self.engine = self._runtime = None
-
-
-class EngineRefused(Exception):
-    """The library does not take a serialized engine that its sidecar vouches for."""
-
-
-def _within(shape: tuple[int, ...], limits: tuple) -> bool:
-    low, _, high = (tuple(limit) for limit in limits)
-    return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d", "bf16": "4d"}
 
 
 class TensorRTRunner:
@@ -176,7 +105,7 @@ class TensorRTRunner:
                 found = np.empty(size, buffer.dtype)
                 self.device.driver.memcpy_dtoh(found, buffer.address)
                 side = self.side
-                parts.append(found.reshape(len(images), -1, side, side).astype(np.float32))
+                parts.append(to_float32(found).reshape(len(images), -1, side, side))
         return np.concatenate(parts)
 
     def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
@@ -318,6 +247,12 @@ class TensorRTRunner:
     def _shared(self, name: str) -> dict[str, Buffer]:
         """A pass reads the embeddings where the image engine wrote them."""
         return {"embeddings": self._engine("embeddings").buffers["embeddings"]} if name == "pass" else {}
+
+    @property
+    def build_seconds(self) -> float:
+        """How long the engines in use took to build, whenever that was."""
+        paths = [engine_path(self.engines, provenance(self.recipe.spec(name), self.device)) for name in self._loaded]
+        return sum(json.loads(path.with_suffix(".json").read_text())["build_seconds"] for path in paths)
 
     def close(self) -> None:
         if self.device._context is None:

@@ -59,7 +59,7 @@ class Identity:
 
     library: str  # "ONNX Runtime 1.31.1"
     device: str  # "CPU" or the GPU's name
-    precision: str = "fp32"  # "fp32", "tf32", "fp16"
+    precision: str = "fp32"  # "fp32", "tf32", "fp16", "bf16"
     matmul: str | None = None  # TensorRT's form of attention's products: "4d", "3d" or "2d"
 
     def __str__(self) -> str:

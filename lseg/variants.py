@@ -27,6 +27,7 @@ BOUNDS = {
     "fp32": Bound(1e-4, 99.9),
     "tf32": Bound(1e-2, 99.5),
     "fp16": Bound(1e-2, 99.5),
+    "bf16": Bound(5e-2, 98.0, miou=0.5),
 }
 
 
@@ -50,7 +51,7 @@ TENSORRT = tuple(
     Variant(f"tensorrt-{precision}-{matmul}", "tensorrt", precision, matmul)
     for precision in ("fp16", "tf32", "fp32")
     for matmul in ("4d", "2d")
-)
+) + (Variant("tensorrt-bf16-4d", "tensorrt", "bf16", "4d"),)
 EVERY = (
     Variant(REFERENCE, "torch"),
     Variant("torch-fp16", "torch", "fp16", compiled=True),

@@ -56,18 +56,18 @@ def ranks_of_products(trt, serialized_onnx: bytes) -> set[tuple[int, int]]:
     return {tuple(len(layer.get_input(i).shape) for i in (0, 1)) for layer in products}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
 def test_every_engine_builds(trt, exported, tmp_path, precision, matmul):
     made = recipe(exported, precision, matmul)
-    for name in ("labels", "embeddings", "pass", "text"):
+    for name in ("labels", "embeddings", "scores", "pass", "text"):
         spec = made.spec(name)
         assert get_engine(spec, lambda name=name: made.prepare(name), tmp_path, DEVICE, say=lambda _: None)
         path = engine_path(tmp_path, provenance(spec, DEVICE))
         sidecar = json.loads(path.with_suffix(".json").read_text())
         assert sidecar["tensorrt"] == trt.__version__
         assert sidecar["onnx_sha256"] == engine.sha256(exported / (TEXT_ONNX if name == "text" else IMAGE_ONNX))
-        assert sidecar["precision"] == ("fp32" if name == "text" and precision == "fp16" else precision)
+        assert sidecar["precision"] == ("fp32" if name == "text" and precision != "tf32" else precision)
         assert (sidecar["gpu"], sidecar["compute_capability"]) == ("a GPU", "8.9")
         assert sidecar["profiles"] and sidecar["build_seconds"] >= 0
     assert not list(tmp_path.glob(".build-*")) and not list(tmp_path.glob("*.onnx"))

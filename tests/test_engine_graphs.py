@@ -7,12 +7,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 
 from lseg import checkpoint, scoring, specs
 from lseg.errors import UserError
 from lseg.export import export_onnx
+from lseg.loaded_engine import to_float32
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
 from lseg.padding import pad_tokens
+from lseg.precision import to_bfloat16
 from lseg.recipes import Recipe
 from lseg.similarity import Similarity
 from tests.checkpoints import write_tiny
@@ -183,3 +186,40 @@ def test_types_and_reductions(exported, precision, matmul):
                 )
             if node.op_type.startswith("Reduce"):
                 assert len(node.input) == 1, node.name
+
+
+def test_bfloat16_weights_are_rounded_from_float32(exported, seed):
+    """Not from float16: each weight is what PyTorch rounds the exported one to, and what must stay float32 is."""
+    core = scoring.cut_head(scoring.load_encoder(exported[0] / IMAGE_ONNX))
+    exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in core.graph.initializer}
+    model = to_bfloat16(core)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    checked = 0
+    for tensor in model.graph.initializer:
+        assert tensor.data_type != TensorProto.FLOAT16
+        if tensor.data_type == TensorProto.BFLOAT16:
+            found = to_float32(np.frombuffer(tensor.raw_data, "<u2")).reshape(tuple(tensor.dims))
+            expected = torch.from_numpy(exact[tensor.name].copy()).bfloat16().float().numpy()
+            np.testing.assert_array_equal(found, expected)
+            checked += found.size
+    assert checked > 0.5 * sum(values.size for values in exact.values())
+    for node in model.graph.node:
+        if node.op_type in ("LayerNormalization", "ConvTranspose"):
+            assert all(kinds[name] == TensorProto.FLOAT for name in node.input if name in kinds)
+    assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
+
+
+def test_a_score_graph_gives_the_cosines_of_windows(exported, seed):
+    """From normalised images: what the labels are the argmax of."""
+    rng, encoder = np.random.default_rng(seed), scoring.load_encoder(exported[0] / IMAGE_ONNX)
+    images = rng.uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
+    text = rng.standard_normal((5, 24)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    graph = scoring.score_graph(scoring.cut_head(encoder))
+    (found,) = run(graph, {"image": images, "text": text})
+    (embeddings,) = run(encoder, {"image": images})
+    small = np.einsum("nd,bdhw->bnhw", text.astype(np.float64), embeddings)
+    wide = torch.nn.functional.interpolate(
+        torch.from_numpy(small), scale_factor=2, mode="bilinear", align_corners=True
+    ).numpy()
+    assert np.linalg.norm(found - wide) / np.linalg.norm(wide) < 1e-5
