@@ -5,8 +5,8 @@
     python enginerun.py PHOTO.jpg --weights demo_e200.ckpt         the official weights
 
 For each photo, a picture of the photo, the overlay and the legend goes to image/, as NAME_lseg.png for a photo of that
-name. ONNX files and TensorRT engines that are missing are made first. The run ends at the first photo that cannot be
-read; the pictures made until then stay.
+name; of a folder's photos, or an archive's, in its tree. ONNX files and TensorRT engines that are missing are made
+first. A photo that cannot be read is told and left out, and the exit status is 2.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import argparse
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +28,23 @@ if TYPE_CHECKING:
 
     from lseg.labels import LabelSet
     from lseg.runner import Runner, Timings
+    from lseg.sources import Photo
 
 ROOT = Path(__file__).resolve().parent
 PHOTO = ROOT / "image" / "temple.jpg"
-PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
+MANY = 20  # photos beyond which a progress bar alone tells of them
 LABELS = "sky, building, tree, road, pavement, person, car, other"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "photos", nargs="*", type=short, default=[short(PHOTO)], metavar="PHOTO", help="image files or folders of them"
+        "photos",
+        nargs="*",
+        type=lambda text: str(short(text)),
+        default=[str(short(PHOTO))],
+        metavar="PHOTO",
+        help="images, folders (with all below them), quoted patterns, .txt lists of paths, .tar archives",
     )
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", default=LABELS, help=f"words, separated by commas (default: {LABELS})")
@@ -70,14 +76,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", type=short, default=str(ROOT / "image"), metavar="DIR", help="folder of the pictures (image/)"
     )
     parser.add_argument("--save-labels", action="store_true", help="write each label map too (PNG of indices and JSON)")
+    parser.add_argument("--resume", action="store_true", help="leave out photos whose files are there already")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
     from lseg import errors
-    from lseg.labels import label_dtype, palette
+    from lseg.labels import label_dtype
     from lseg.runner import Timings, choose_backend
+    from lseg.sources import list_photos
     from lseg.text_cache import FILE, TextCache
     from lseg.tokenizer import Tokenizer
 
@@ -87,9 +95,14 @@ def main(args: argparse.Namespace) -> int:
     tokens = Tokenizer()(labels.names)
     photos, notes = list_photos(args.photos)
     backend = choose_backend(args.backend)
-    check_before_export(args, photos[0])
+    check_before_export(args, photos)
     for note in (*labels.notes, *notes):
         say(f"note: {note}")
+    tasks = open_tasks(args, photos)
+    if len(tasks) < len(photos):
+        say(f"note: {len(photos) - len(tasks)} of {len(photos)} photos are done already")
+    if not tasks:
+        return 0
     with output_folder(args.output):
         with open_backend(backend, args, say) as runner:
             about = "demo (they know street scenes; see the README for the official ones)"
@@ -97,12 +110,26 @@ def main(args: argparse.Namespace) -> int:
             timings = Timings()
             cache = TextCache(args.onnx / FILE, runner.text_encoder)
             text = timings.measure("encode_text", lambda: cache.encode(tokens, runner.encode_text))
-            colours = palette(labels.names)
-            for photo, name in zip(photos, output_names(photos, args.output), strict=True):
-                picture = segment_photo(photo, name, runner, text, labels.names, colours, args, timings)
-                say(f"{photo} -> {picture}")
-    say(report(timings, len(photos), f" ({cache.found} of {len(tokens)} kept)" if cache.found else ""))
-    return 0
+            start = time.perf_counter()
+            bad = segment_photos(tasks, runner, text, labels.names, args, timings, say)
+            seconds = time.perf_counter() - start
+    say(report(timings, len(tasks), f" ({cache.found} of {len(tokens)} kept)" if cache.found else ""))
+    if len(tasks) > 1:
+        say(f"{len(tasks) - bad} photos in {seconds:.1f} s, {(len(tasks) - bad) / seconds:.2f} a second")
+    if bad:
+        print(f"error: {bad} of {len(tasks)} photos could not be read and are left out: see above", file=sys.stderr)
+    return 2 if bad else 0
+
+
+def open_tasks(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, Path]]:
+    """The photos to segment, each with what its files begin with; with --resume without those that are done."""
+    from lseg.sources import LABEL_MAP, MEANING, PICTURE, output_names
+
+    tasks = list(zip(photos, output_names(photos, args.output), strict=True))
+    if not args.resume:
+        return tasks
+    ends = (PICTURE, LABEL_MAP, MEANING) if args.save_labels else (PICTURE,)
+    return [task for task in tasks if not all((args.output / f"{task[1]}{end}").exists() for end in ends)]
 
 
 def read_labels(args: argparse.Namespace) -> LabelSet:
@@ -116,14 +143,14 @@ def read_labels(args: argparse.Namespace) -> LabelSet:
     return parse_labels(args.labels)
 
 
-def check_before_export(args: argparse.Namespace, photo: Path) -> None:
+def check_before_export(args: argparse.Namespace, photos: list[Photo]) -> None:
     """Says what a moment can find out to be wrong before minutes of exporting, and before anything is written.
 
     Raises:
         UserError: the weights are not there, an exported file is of other weights, the text encoder given is none, or
-            the first photo cannot be read.
+            the only photo cannot be read.
     """
-    from lseg.image import read_image
+    from lseg.image import decode_image
     from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, check_weights, read_metadata, remedy_for
     from lseg.tensorfile import read, sha256
     from lseg.weights import REMEDY, resolve
@@ -132,7 +159,8 @@ def check_before_export(args: argparse.Namespace, photo: Path) -> None:
     missing = [name for name in wanted_files(args) if not (args.onnx / name).exists()]
     if args.re_export or not missing or args.backend == "torch":
         return  # nothing is exported, or nothing stays that could be wrong: the runner will tell
-    read_image(photo)
+    if len(photos) == 1:
+        decode_image(photos[0].read(), photos[0].shown)
     if importlib.util.find_spec("torch"):
         read(weights, REMEDY)
     for name, kind in ((IMAGE_ONNX, "lseg"), (SIMILARITY_ONNX, "similarity")):
@@ -173,53 +201,6 @@ def open_backend(backend: str, args: argparse.Namespace, say: Callable[[str], ob
         return open_runner(others[0], args.weights, args.onnx, args.text_onnx)
 
 
-def list_photos(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The photos meant by files and folders, each once, and notes on what is left out.
-
-    Files that an earlier run wrote into a folder are not taken for its photos.
-
-    Raises:
-        UserError: a path does not exist or cannot be read, or a folder holds no photo.
-    """
-    from lseg.image import find_images
-
-    photos: dict[str, Path] = {}
-    notes = []
-    for path in paths:
-        found = find_images([path])
-        if path.is_dir():
-            every = len(found)
-            found = [file for file in found if not file.name.endswith((PICTURE, LABEL_MAP))]
-            if not found:
-                raise UserError(f"the folder {path} holds no photo, only what this program wrote; give one with photos")
-            if len(found) < every:
-                notes.append(f"{every - len(found)} in {path} left out: files of that name are what this program wrote")
-        for file in found:
-            if photos.setdefault(os.path.realpath(file), file) is not file:
-                notes.append(f"{file} is given more than once, and segmented once")
-    return list(photos.values()), notes
-
-
-def output_names(photos: Sequence[Path], folder: Path) -> list[str]:
-    """What each photo's files in `folder` begin with: its name without suffix.
-
-    A number is added where files would overwrite another photo's, or a photo itself.
-    """
-    folder = Path(os.path.realpath(folder))
-    taken = {os.path.realpath(photo) for photo in photos}
-    taken |= {os.path.join(os.path.realpath(photo.parent), photo.name) for photo in photos}  # a link counts as well
-    names = []
-    for photo in photos:
-        for number in count(1):
-            name = photo.stem if number == 1 else f"{photo.stem}_{number}"
-            files = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING)}
-            if not files & taken:
-                break
-        taken |= files
-        names.append(name)
-    return names
-
-
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
     """Makes the folder, proves that it can be written, and takes it away again if an error leaves it empty."""
@@ -251,34 +232,73 @@ def export_missing(args: argparse.Namespace) -> None:
         script.main(script.parse_args(options))
 
 
-def segment_photo(
-    path: Path,
-    output: str,
+def segment_photos(
+    tasks: list[tuple[Photo, Path]],
     runner: Runner,
     text: np.ndarray,
     names: Sequence[str],
-    colours: np.ndarray,
     args: argparse.Namespace,
     timings: Timings,
-) -> Path:
-    """Segments one photo and writes its files, whose names begin with `output`; returns the picture's path."""
+    say: Callable[[str], object],
+) -> int:
+    """Segments photos and writes their files, reading and writing beside the network; returns how many were bad.
+
+    Raises:
+        UserError: none of them could be read, or a file cannot be written.
+    """
+    from tqdm import tqdm
+
     from lseg import inference
     from lseg.draw import overlay, panel, shares
-    from lseg.image import read_image, write_image
-    from lseg.labels import save_label_map
+    from lseg.image import decode_image, write_image
+    from lseg.labels import palette, save_label_map
+    from lseg.pipeline import overlapped
+    from lseg.runner import Timings
+    from lseg.sources import LABEL_MAP, PICTURE
 
-    photo = timings.measure("decode", lambda: read_image(path))
-    labels = inference.segment_photo(runner, photo, text, args.inference, timings)
-    picture = args.output / f"{output}{PICTURE}"
+    colours = palette(names)
 
-    def draw() -> None:
-        overlaid = overlay(photo, labels, colours)
-        write_image(picture, panel(photo, overlaid, names, colours, shares(labels, len(names))))
-        if args.save_labels:
-            save_label_map(args.output / f"{output}{LABEL_MAP}", labels, names, colours)
+    def load(task: tuple[Photo, Path]) -> tuple[np.ndarray, Timings]:
+        taken = Timings()
+        return taken.measure("decode", lambda: decode_image(task[0].read(), task[0].shown)), taken
 
-    timings.measure("draw", draw)
-    return picture
+    def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[np.ndarray, np.ndarray, Timings]:
+        photo, taken = loaded
+        return photo, inference.segment_photo(runner, photo, text, args.inference, taken), taken
+
+    def store(task: tuple[Photo, Path], made: tuple[np.ndarray, np.ndarray, Timings]) -> tuple[Path, Timings]:
+        photo, labels, taken = made
+        picture = args.output / f"{task[1]}{PICTURE}"
+
+        def draw() -> None:
+            overlaid = overlay(photo, labels, colours)
+            write_image(picture, panel(photo, overlaid, names, colours, shares(labels, len(names))))
+            if args.save_labels:
+                save_label_map(args.output / f"{task[1]}{LABEL_MAP}", labels, names, colours)
+
+        taken.measure("draw", draw)
+        return picture, taken
+
+    bad = 0
+    silent = args.quiet or len(tasks) == 1
+    with tqdm(total=len(tasks), unit="photo", disable=True if silent else None) as bar:
+        shown = len(tasks) <= MANY or bar.disable
+        for (photo, _), result in overlapped(tasks, load, work, store):
+            bar.update()
+            with bar.external_write_mode():
+                if isinstance(result, UserError):
+                    if len(tasks) == 1:
+                        raise result
+                    bad += 1
+                    print(f"error: {result}", file=sys.stderr)
+                    continue
+                picture, taken = result
+                timings.add(taken)
+                if shown:
+                    say(f"{photo.shown} -> {picture}")
+    if bad == len(tasks):
+        raise UserError(f"none of the {bad} photos could be read: see above")
+    return bad
 
 
 def report(timings: Timings, photos: int, kept: str = "") -> str:
@@ -291,7 +311,7 @@ def report(timings: Timings, photos: int, kept: str = "") -> str:
         + per
         + ": "
         + ", ".join(
-            f"{name} {timings.milliseconds[name]:.1f}{kept if name == 'encode_text' else ''}" for name in STAGES
+            f"{name} {timings.milliseconds.get(name, 0):.1f}{kept if name == 'encode_text' else ''}" for name in STAGES
         )
     )
 

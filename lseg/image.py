@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
 from pathlib import Path
 
 import cv2
@@ -45,7 +44,11 @@ def read_image(path: str | Path) -> np.ndarray:
         UserError: the file is missing, a folder, empty, cut short, not an image, too large, or holds other values than
             8- or 16-bit integers.
     """
-    data = _read_bytes(path)
+    return decode_image(read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: str | Path) -> np.ndarray:
+    """`read_image` of a file's bytes; `path` names it in errors."""
     if data.startswith(JPEG) and not _jpeg_is_whole(data):
         raise UserError(f"{path} is cut short: it is a JPEG without its end; copy or download it again")
     image = _decode(path, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
@@ -62,27 +65,6 @@ def read_image(path: str | Path) -> np.ndarray:
     if image.dtype == np.uint16:
         image = cv2.convertScaleAbs(image, alpha=1 / 257)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Lists images: files in the order given, each folder replaced by the images right in it, sorted by name.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no image, or something cannot be read.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        try:
-            if not path.exists():
-                raise UserError(f"{path} does not exist; check the name")
-            folder = path.is_dir()
-            images = sorted(file for file in path.iterdir() if _looks_like_image(file)) if folder else [path]
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
-        if not images:
-            raise UserError(f"the folder {path} holds no image; give one with {', '.join(SUFFIXES)} files")
-        found += images
-    return found
 
 
 def to_pixels(image: np.ndarray, size: int = 480) -> np.ndarray:
@@ -154,11 +136,8 @@ def write_image(path: str | Path, rgb: np.ndarray) -> None:
     write_files({path: cv2.imencode(suffix, bgr)[1].tobytes()})  # JPEG at OpenCV's quality of 95
 
 
-def _looks_like_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
-def _read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """A file's bytes; UserError where it is missing, no regular file, empty, or cannot be read."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
@@ -178,7 +157,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def _decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
     try:
-        with _silent_stderr():
+        with _silent_stderr:
             return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         if error.code == NO_MEMORY or "MAX_IMAGE" in str(error):
@@ -204,22 +183,37 @@ def _jpeg_is_whole(data: bytes) -> bool:
     return False
 
 
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
+class _SilentStderr:
     """Hides what C libraries write to file descriptor 2, such as libpng's remarks about colour profiles.
 
-    The descriptor is the process's: another thread's words to stderr are lost meanwhile, so keep it short.
+    The descriptor is the process's: other threads' words to stderr are lost meanwhile, so keep it short. Of threads
+    that are inside at once, the first turns it off and the last turns it on again.
     """
-    try:
-        saved = os.dup(2)
-    except OSError:  # stderr is closed: there is nothing to hide
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(nowhere)
-        os.close(saved)
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.saved = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside > 1:
+                return
+            try:
+                self.saved = os.dup(2)
+            except OSError:  # stderr is closed: there is nothing to hide
+                self.saved = -1
+                return
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.saved >= 0:
+                os.dup2(self.saved, 2)
+                os.close(self.saved)
+                self.saved = -1
+
+
+_silent_stderr = _SilentStderr()

@@ -73,6 +73,26 @@ def test_every_engine_builds(trt, exported, tmp_path, precision, matmul):
     assert not list(tmp_path.glob(".build-*")) and not list(tmp_path.glob("*.onnx"))
 
 
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """The official sizes with random weights, exported (1.3 GB): two minutes."""
+    import testlseg
+
+    folder = tmp_path_factory.mktemp("full")
+    weights = checkpoint.load(testlseg.random_weights(folder))
+    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("matmul", ["4d", "2d"])
+def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
+    """ViT-L/16 at 480 x 480: half a minute and 5 GB each."""
+    made = recipe(full_size, precision, matmul)
+    assert len(get_engine(made.spec("labels"), lambda: made.prepare("labels"), tmp_path, DEVICE)) > 5e8
+
+
 def test_ranks_in_the_parsed_network(trt, exported):
     ranks = {
         form: ranks_of_products(trt, recipe(exported, "fp32", form).prepare("labels").SerializeToString())

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -34,7 +35,7 @@ def save(path: Path, seed: int, size: tuple[int, int] = (90, 70), mode: str = "R
     """A random smooth photo of (width, height), in the format of the path's suffix."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 4), dtype=np.uint8)
     pixels = cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels, "RGBA").convert(mode).save(path, **options)
     return path
 
@@ -68,11 +69,11 @@ class TestRuns:
     def test_default_paths(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         args = enginerun.parse_args([])
-        assert (args.photos, args.weights, args.backend) == ([ROOT / "image" / "temple.jpg"], "demo", "auto")
+        assert (args.photos, args.weights, args.backend) == ([str(ROOT / "image" / "temple.jpg")], "demo", "auto")
         assert (args.onnx.resolve(), args.output.resolve()) == (ROOT / "onnx", ROOT / "image")
         monkeypatch.chdir(ROOT)
         args = enginerun.parse_args([])
-        assert (args.photos, args.onnx, args.output) == ([Path("image/temple.jpg")], Path("onnx"), Path("image"))
+        assert (args.photos, args.onnx, args.output) == (["image/temple.jpg"], Path("onnx"), Path("image"))
 
     def test_exports_what_is_missing(self, tiny, photo, tmp_path, segment):
         folder = tmp_path / "onnx"
@@ -260,7 +261,7 @@ class TestPhotos:
         assert code == 0 and names(tmp_path / "out") == ["a_lseg.png", "b_lseg.png", "one_lseg.png", "two_lseg.png"]
         order = [line.split(" -> ")[0] for line in out if " -> " in line]
         assert order == [str(short(path)) for path in (two, tmp_path / "photos/a.jpg", tmp_path / "photos/b.png", one)]
-        assert out[-1].startswith("milliseconds in all for 4 photos: decode ")
+        assert out[-2].startswith("milliseconds in all for 4 photos: decode ")
 
     def test_one_name_in_two_folders(self, tmp_path, segment, seed):
         """Numbered in the order given; each picture is of its own photo."""
@@ -323,16 +324,50 @@ class TestPhotos:
         assert code == 0 and names(tmp_path / "out") == ["photo_lseg.png"]
         assert out[0] == f"note: {short(photo)} is given more than once, and segmented once"
 
-    def test_a_bad_photo_ends_the_run_and_earlier_pictures_stay(self, tmp_path, segment, seed):
+    def test_a_bad_photo_is_told_and_left_out(self, tmp_path, segment, seed):
         good, late = save(tmp_path / "good.jpg", seed), save(tmp_path / "late.jpg", seed)
         bad = tmp_path / "bad.jpg"
         bad.write_bytes(good.read_bytes()[:200])
         code, out, err = segment(good, bad, late)
-        assert (code, err) == (
-            2,
-            [f"error: {short(bad)} is cut short: it is a JPEG without its end; copy or download it again"],
+        told = f"error: {short(bad)} is cut short: it is a JPEG without its end; copy or download it again"
+        assert (code, err[0]) == (2, told)
+        assert err[1:] == ["error: 1 of 3 photos could not be read and are left out: see above"]
+        assert names(tmp_path / "out") == ["good_lseg.png", "late_lseg.png"]
+        assert out[-1].startswith("2 photos in ")
+        code, _, err = segment(bad, shutil.copy(bad, tmp_path / "worse.jpg"), output=tmp_path / "none")
+        assert code == 2 and len(err) == 3 and err[2] == "error: none of the 2 photos could be read: see above"
+        assert not (tmp_path / "none").exists()
+
+    def test_a_tree_and_resume(self, tmp_path, segment, seed):
+        """Results mirror the tree; a second run does what is missing."""
+        for name in ("a.jpg", "sub/a.jpg", "sub/deeper/b.png", ".hidden/c.png"):
+            save(tmp_path / "photos" / name, seed)
+        code, out, _ = segment(tmp_path / "photos", "--save-labels")
+        written = sorted(
+            path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*_lseg.png")
         )
-        assert names(tmp_path / "out") == ["good_lseg.png"] and out[-1].startswith(f"{short(good)} -> ")
+        assert code == 0 and written == ["a_lseg.png", "sub/a_lseg.png", "sub/deeper/b_lseg.png"]
+        code, out, _ = segment(tmp_path / "photos", "--save-labels", "--resume")
+        assert (code, out) == (0, ["note: 3 of 3 photos are done already"])
+        (tmp_path / "out" / "sub" / "a_labels.json").unlink()
+        before = (tmp_path / "out" / "a_lseg.png").stat().st_mtime_ns
+        code, out, _ = segment(tmp_path / "photos", "--save-labels", "--resume")
+        assert code == 0 and out[0] == "note: 2 of 3 photos are done already"
+        assert (tmp_path / "out" / "sub" / "a_labels.json").exists()
+        assert (tmp_path / "out" / "a_lseg.png").stat().st_mtime_ns == before
+
+    def test_an_archive_gives_what_its_folder_gives(self, tmp_path, segment, seed):
+        for index, name in enumerate(("x/1.png", "x/2.jpg", "3.png")):
+            save(tmp_path / "photos" / name, seed + index)
+        with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+            archive.add(tmp_path / "photos", "x/../..")  # a name that would lead out of the output folder
+        assert segment(tmp_path / "photos", "--save-labels", output=tmp_path / "a")[0] == 0
+        code, out, _ = segment(tmp_path / "photos.tar", "--save-labels", output=tmp_path / "b")
+        assert code == 0 and sum(" -> " in line for line in out) == 3
+        files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.png")}
+        found = {p.relative_to(tmp_path / "b" / "x"): p.read_bytes() for p in (tmp_path / "b").rglob("*.png")}
+        assert len(files) == 6 and found == files
+        assert names(tmp_path) == ["a", "b", "photos", "photos.tar"]
 
 
 class TestShortPaths:

@@ -19,7 +19,6 @@ from lseg.errors import UserError
 from lseg.image import (
     ENLARGE,
     SHRINK,
-    find_images,
     labels_to_photo,
     normalise,
     read_image,
@@ -245,32 +244,6 @@ print("last words", file=sys.stderr)
         command = [sys.executable, "-c", code, str(path), str(tmp_path / f"cut{suffix}")]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         assert result.stderr == "last words\n"
-
-
-class TestFind:
-    def test_files_and_folders_in_order(self, tmp_path):
-        for name in ("b.JPG", "a.png", "c.txt", ".hidden.png", "d.webp", "sub/e.png", "folder.png/f.jpeg"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        (tmp_path / "other.dat").touch()
-        found = find_images([str(tmp_path / "other.dat"), tmp_path, tmp_path / "sub"])
-        assert [path.relative_to(tmp_path).as_posix() for path in found] == [
-            "other.dat", "a.png", "b.JPG", "d.webp", "sub/e.png",
-        ]  # fmt: skip
-
-    def test_missing(self, tmp_path):
-        (tmp_path / "a.png").touch()
-        with pytest.raises(UserError) as error:
-            find_images([tmp_path / "a.png", tmp_path / "none"])
-        assert str(error.value) == f"{tmp_path / 'none'} does not exist; check the name"
-
-    def test_folder_without_images(self, tmp_path):
-        (tmp_path / "notes.txt").touch()
-        with pytest.raises(UserError) as error:
-            find_images([tmp_path])
-        assert str(error.value) == (
-            f"the folder {tmp_path} holds no image; give one with .jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp files"
-        )
 
 
 class TestPixels:

@@ -328,7 +328,7 @@ class TestRemedy:
         assert remedy_for("lseg_export.py", "demo", Path("onnx")) == "run 'python lseg_export.py --weights demo'"
         assert remedy_for("lseg_export.py", "demo", ROOT / "onnx") == "run 'python lseg_export.py --weights demo'"
         monkeypatch.chdir(tmp_path)  # another folder named onnx is not the default
-        expected = f"run 'python {ROOT / 'lseg_export.py'} --weights demo --output onnx'"
+        expected = f"run 'python {shlex.quote(str(ROOT / 'lseg_export.py'))} --weights demo --output onnx'"
         assert remedy_for("lseg_export.py", "demo", Path("onnx")) == expected
 
     def test_the_command_does_what_it_says(self, tmp_path, monkeypatch, seed):

@@ -1,0 +1,201 @@
+"""Where photos come from: files, folders, patterns, lists and tar archives; and what their results are called."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path, PurePosixPath
+
+from lseg.errors import UserError, short
+from lseg.image import SUFFIXES, read_bytes
+
+PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image to segment.
+
+    Attributes:
+        shown: its path, for messages.
+        name: what its results are called below the output folder, without suffix.
+        read: gives the file's bytes; UserError where it cannot.
+        identity: the same for the same file, however it was named.
+        file: where it lies, unless in an archive.
+    """
+
+    shown: str
+    name: PurePosixPath
+    read: Callable[[], bytes]
+    identity: str
+    file: Path | None = None
+
+
+def list_photos(inputs: Sequence[str | Path]) -> tuple[list[Photo], list[str]]:
+    """The photos that the user means, each once, and notes on what is left out.
+
+    A folder stands for all images below it, a pattern for what it matches, a text file for the paths in it (one a
+    line), a tar archive for the images in it. Results mirror the tree of a folder or archive. Files that an earlier run
+    wrote are not taken for photos.
+
+    Raises:
+        UserError: something does not exist or cannot be read, or holds no photo.
+    """
+    photos: dict[str, Photo] = {}
+    notes: list[str] = []
+    for text in inputs:
+        for photo in _expand(text, notes):
+            if photos.setdefault(photo.identity, photo) is not photo:
+                notes.append(f"{photo.shown} is given more than once, and segmented once")
+    return list(photos.values()), notes
+
+
+def _expand(text: str | Path, notes: list[str]) -> list[Photo]:
+    path = Path(text)
+    try:
+        if path.is_dir():
+            return _in_folder(path, notes)
+        if not path.exists() and glob.has_magic(str(text)):
+            found = sorted(glob.glob(str(text), recursive=True))
+            files = [Path(name) for name in found if _is_image(name) and not _is_ours(name)]
+            if not files:
+                raise UserError(f"the pattern {text} matches no image; check it, and quote it")
+            return [_photo(file, file.stem) for file in files]
+        if not path.exists():
+            raise UserError(f"{path} does not exist; check the name")
+        if path.suffix.lower() == ".txt":
+            return _in_list(path)
+        if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
+            raise UserError(f"{path} is a compressed archive; unpack it, or give a plain .tar")
+        if path.suffix.lower() == ".tar":
+            return _in_archive(path, notes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
+    return [_photo(path, path.stem)]
+
+
+def _photo(file: Path, name: str | PurePosixPath) -> Photo:
+    return Photo(str(file), PurePosixPath(name), lambda: read_bytes(file), os.path.realpath(file), file)
+
+
+def _in_folder(folder: Path, notes: list[str]) -> list[Photo]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    photos, ours = [], 0
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not _is_image(name):
+                continue
+            if _is_ours(name):
+                ours += 1
+                continue
+            file = Path(parent, name)
+            photos.append(_photo(file, file.relative_to(folder).with_suffix("").as_posix()))
+    if not photos and ours:
+        raise UserError(f"the folder {folder} holds no photo, only what this program wrote; give one with photos")
+    if not photos:
+        raise UserError(f"the folder {folder} holds no image; give one with {', '.join(SUFFIXES)} files")
+    if ours:
+        notes.append(f"{ours} in {folder} left out: files of that name are what this program wrote")
+    return photos
+
+
+def _in_list(path: Path) -> list[Photo]:
+    """The paths in a text file: as they stand, or from the list's own folder."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no list of paths: it is no text in UTF-8") from None
+    photos = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            file = next((file for file in (Path(line), path.parent / line) if file.is_file()), None)
+            if file is None:
+                raise UserError(f"line {number} of {path} names {line}, which is no file; correct the list")
+            photos.append(_photo(short(file), file.stem))
+    if not photos:
+        raise UserError(f"{path} names no photo; write one path a line")
+    return photos
+
+
+def _in_archive(path: Path, notes: list[str]) -> list[Photo]:
+    """Images in a tar: each is read at its place, so that several threads may read at once."""
+    photos = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in _members(archive, path, notes):
+                if not member.isreg() or not _is_image(member.name) or _is_ours(member.name):
+                    continue
+                # Names come from elsewhere: nothing may leave the output folder.
+                parts = [part for part in PurePosixPath(member.name).with_suffix("").parts if part not in ("..", "/")]
+                shown, at, size = f"{path}:{member.name}", member.offset_data, member.size
+                read = lambda shown=shown, at=at, size=size: _read_at(path, shown, at, size)  # noqa: E731
+                photos.append(Photo(shown, PurePosixPath(*parts), read, f"{os.path.realpath(path)}:{at}"))
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no tar archive ({error}); pack it again") from None
+    if not photos:
+        raise UserError(f"{path} holds no image; pack {', '.join(SUFFIXES)} files")
+    return photos
+
+
+def _members(archive: tarfile.TarFile, path: Path, notes: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The archive's members up to where it breaks off, if it does."""
+    while True:
+        try:
+            member = archive.next()
+        except tarfile.TarError as error:
+            notes.append(f"{path} breaks off or is damaged ({error}): what stands before that is taken")
+            return
+        if member is None:
+            return
+        yield member
+
+
+def _read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
+    if len(data) < size:
+        raise UserError(f"{shown} is cut short, with its archive; copy or pack that again")
+    if not data:
+        raise UserError(f"{shown} is empty; pack it again")
+    return data
+
+
+def _is_image(name: str) -> bool:
+    file = PurePosixPath(name)
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((PICTURE, LABEL_MAP))
+
+
+def output_names(photos: Sequence[Photo], folder: Path) -> list[Path]:
+    """What each photo's files begin with, below `folder`.
+
+    A number is added where files would overwrite another photo's, or a photo itself.
+    """
+    folder = Path(os.path.realpath(folder))
+    taken = {photo.identity for photo in photos}
+    files = [photo.file for photo in photos if photo.file]
+    taken |= {os.path.join(os.path.realpath(file.parent), file.name) for file in files}  # a link counts as well
+    names = []
+    for photo in photos:
+        for number in count(1):
+            name = photo.name if number == 1 else photo.name.with_name(f"{photo.name.name}_{number}")
+            results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING)}
+            if not results & taken:
+                break
+        taken |= results
+        names.append(Path(name))
+    return names
