@@ -26,9 +26,9 @@ from lseg.errors import Parser, UserError, run, short
 if TYPE_CHECKING:
     import numpy as np
 
-    from lseg.labels import LabelSet
     from lseg.runner import Runner, Timings
     from lseg.sources import Photo
+    from lseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent
 PHOTO = ROOT / "image" / "temple.jpg"
@@ -50,6 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     labels.add_argument("--labels", default=LABELS, help=f"words, separated by commas (default: {LABELS})")
     labels.add_argument(
         "--labels-file", type=short, metavar="FILE", help="labels, one a line; ADE20K's objectInfo150; or JSON"
+    )
+    parser.add_argument(
+        "--templates",
+        default="none",
+        metavar="T",
+        help="prompts whose embeddings are averaged: none (default: the bare word), clip (CLIP's 80), or a file",
     )
     parser.add_argument("--weights", default="demo", help="'demo', demo_e200.ckpt, or a state dict (.pt, .safetensors)")
     parser.add_argument("--backend", choices=("auto", "tensorrt", "onnxruntime", "torch"), default="auto")
@@ -88,11 +94,15 @@ def main(args: argparse.Namespace) -> int:
     from lseg.sources import list_photos
     from lseg.text_cache import FILE, TextCache
     from lseg.tokenizer import Tokenizer
+    from lseg.vocabulary import embed_texts, load_templates
 
     say = (lambda *_: None) if args.quiet else errors.say
-    labels = read_labels(args)
+    vocabulary = read_labels(args)
+    labels, texts = vocabulary.labels, vocabulary.texts
     label_dtype(len(labels.names))  # says so now if a label map cannot hold that many
-    tokens = Tokenizer()(labels.names)
+    templates = load_templates(args.templates)
+    tokenize, longest = Tokenizer(), max(templates, key=len)
+    tokenize([longest.replace("{}", text) for text in texts])  # says so now if one is too long for CLIP
     photos, notes = list_photos(args.photos)
     backend = choose_backend(args.backend)
     check_before_export(args, photos)
@@ -109,11 +119,12 @@ def main(args: argparse.Namespace) -> int:
             say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
             timings = Timings()
             cache = TextCache(args.onnx / FILE, runner.text_encoder)
-            text = timings.measure("encode_text", lambda: cache.encode(tokens, runner.encode_text))
+            encode = lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, progress)  # noqa: E731
+            text = timings.measure("encode_text", encode)
             start = time.perf_counter()
-            bad = segment_photos(tasks, runner, text, labels.names, args, timings, say)
+            bad = segment_photos(tasks, runner, text, vocabulary, args, timings, say)
             seconds = time.perf_counter() - start
-    say(report(timings, len(tasks), f" ({cache.found} of {len(tokens)} kept)" if cache.found else ""))
+    say(report(timings, len(tasks), f" ({cache.found} of {len(texts)} kept)" if cache.found else ""))
     if len(tasks) > 1:
         say(f"{len(tasks) - bad} photos in {seconds:.1f} s, {(len(tasks) - bad) / seconds:.2f} a second")
     if bad:
@@ -132,15 +143,16 @@ def open_tasks(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Phot
     return [task for task in tasks if not all((args.output / f"{task[1]}{end}").exists() for end in ends)]
 
 
-def read_labels(args: argparse.Namespace) -> LabelSet:
-    """The labels of --labels or --labels-file."""
+def read_labels(args: argparse.Namespace) -> Vocabulary:
+    """The labels of --labels or --labels-file, with the synonyms that the file has."""
     from lseg.labels import parse_labels, read_labels_file
+    from lseg.vocabulary import Vocabulary, with_synonyms
 
     if args.labels_file:
-        return parse_labels([words[0] for words in read_labels_file(args.labels_file)])
+        return with_synonyms(read_labels_file(args.labels_file))
     if "," not in args.labels and args.labels.endswith((".txt", ".json", ".csv")) and os.path.isfile(args.labels):
         raise UserError(f"{args.labels} is a file, not a label: give it with --labels-file")
-    return parse_labels(args.labels)
+    return Vocabulary.of(parse_labels(args.labels))
 
 
 def check_before_export(args: argparse.Namespace, photos: list[Photo]) -> None:
@@ -236,7 +248,7 @@ def segment_photos(
     tasks: list[tuple[Photo, Path]],
     runner: Runner,
     text: np.ndarray,
-    names: Sequence[str],
+    vocabulary: Vocabulary,
     args: argparse.Namespace,
     timings: Timings,
     say: Callable[[str], object],
@@ -256,6 +268,7 @@ def segment_photos(
     from lseg.runner import Timings
     from lseg.sources import LABEL_MAP, PICTURE
 
+    names = vocabulary.labels.names
     colours = palette(names)
 
     def load(task: tuple[Photo, Path]) -> tuple[np.ndarray, Timings]:
@@ -264,7 +277,8 @@ def segment_photos(
 
     def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[np.ndarray, np.ndarray, Timings]:
         photo, taken = loaded
-        return photo, inference.segment_photo(runner, photo, text, args.inference, taken), taken
+        found = inference.segment_photo(runner, photo, text, args.inference, taken)
+        return photo, vocabulary.to_labels(found), taken
 
     def store(task: tuple[Photo, Path], made: tuple[np.ndarray, np.ndarray, Timings]) -> tuple[Path, Timings]:
         photo, labels, taken = made
@@ -299,6 +313,13 @@ def segment_photos(
     if bad == len(tasks):
         raise UserError(f"none of the {bad} photos could be read: see above")
     return bad
+
+
+def progress(steps: Sequence) -> Iterator:
+    """A progress bar for texts where there are many, on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="texts", disable=None if len(steps) > 3 else True, leave=False)
 
 
 def report(timings: Timings, photos: int, kept: str = "") -> str:

@@ -31,16 +31,26 @@ class TextCache:
         self.path, self.encoder = path, encoder
         self.found = 0  # texts of the last call that were in the file
 
-    def encode(self, tokens: np.ndarray, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """tokens int32 [N, 77] to unit vectors float32 [N, D]; `encode` gets the rows that are not in the file."""
+    def get(self, tokens: np.ndarray, make: Callable[[list[int]], np.ndarray], variant: str = "") -> np.ndarray:
+        """Unit vectors of texts.
+
+        Args:
+            tokens: int32 [N, 77], which tell the texts apart.
+            make: the places of texts that are not in the file to their vectors, float32 [n, D].
+            variant: what else decides the vectors, such as the templates.
+
+        Returns:
+            float32 [N, D].
+        """
         self.found = 0
         if self.encoder is None:
-            return encode(tokens)
-        keys = [hashlib.sha256(f"{FORMAT} {self.encoder} ".encode() + row.tobytes()).digest() for row in tokens]
+            return make(list(range(len(tokens))))
+        about = f"{FORMAT} {self.encoder} {variant} ".encode()
+        keys = [hashlib.sha256(about + row.tobytes()).digest() for row in tokens]
         kept = self._read(keys)
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            fresh = encode(tokens[missing])
+            fresh = make(missing)
             kept |= {keys[index]: vector for index, vector in zip(missing, fresh, strict=True)}
             self._write({keys[index]: vector for index, vector in zip(missing, fresh, strict=True)})
         self.found = len(keys) - len(missing)

@@ -151,6 +151,27 @@ class TestRuns:
         assert (code, out) == (2, [])
         assert err == [f"error: {tmp_path / 'words.txt'} is a file, not a label: give it with --labels-file"]
 
+    def test_synonyms_and_templates(self, tiny, photo, tmp_path, segment):
+        """The label of the nearest text, over all synonyms, each averaged over the templates."""
+        (tmp_path / "words.json").write_text('{"tree": ["oak", "fir"], "sky": ["cloud"], "car": []}')
+        (tmp_path / "templates.txt").write_text("a photo of a {}.\nmany {}\n")
+        options = ["--labels-file", tmp_path / "words.json", "--templates", tmp_path / "templates.txt", "--save-labels"]
+        code, _, err = segment(photo, *options)
+        meaning = json.loads((tmp_path / "out" / "photo_labels.json").read_text())
+        assert (code, err) == (0, []) and [entry["name"] for entry in meaning["labels"]] == ["tree", "sky", "car"]
+        words, owner = ("tree", "sky", "car", "oak", "fir", "cloud"), np.array([0, 1, 2, 0, 0, 1])
+        with OnnxRuntimeRunner(*tiny) as runner:
+            prompts = [runner.encode_text(Tokenizer()([f"a photo of a {w}." for w in words]))]
+            prompts.append(runner.encode_text(Tokenizer()([f"many {w}" for w in words])))
+            text = np.mean(prompts, axis=0)
+            text /= np.linalg.norm(text, axis=1, keepdims=True)
+            result = runner.segment(to_pixels(read_image(photo), 64)[None], text.astype(np.float32))
+        expected = labels_to_photo(owner[result.labels[0]], 90, 70)
+        assert (read_map(tmp_path / "out" / "photo_labels.png") == expected).mean() >= 0.999
+        assert segment(photo, "--templates", "none.txt")[2] == [
+            "error: none.txt cannot be read (No such file or directory): give 'none', 'clip' or a file of templates"
+        ]
+
     @pytest.mark.parametrize("mode", ["window", "multiscale"])
     def test_in_windows(self, tiny, photo, tmp_path, segment, mode):
         from lseg.inference import segment_photo
