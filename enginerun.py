@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "photos",
         nargs="*",
-        type=lambda text: str(short(text)),
+        type=lambda text: str(short(text)) if text else text,
         default=[str(short(PHOTO))],
         metavar="PHOTO",
         help="images, folders (with all below them), quoted patterns, .txt lists of paths, .tar archives",
@@ -119,12 +119,14 @@ def main(args: argparse.Namespace) -> int:
             say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
             timings = Timings()
             cache = TextCache(args.onnx / FILE, runner.text_encoder)
-            encode = lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, progress)  # noqa: E731
-            text = timings.measure("encode_text", encode)
+            bar = iter if args.quiet else progress
+            text = timings.measure(
+                "encode_text", lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, bar)
+            )
             start = time.perf_counter()
             bad = segment_photos(tasks, runner, text, vocabulary, args, timings, say)
             seconds = time.perf_counter() - start
-    say(report(timings, len(tasks), f" ({cache.found} of {len(texts)} kept)" if cache.found else ""))
+    say(report(timings, len(tasks) - bad, f" ({cache.found} of {len(texts)} kept)" if cache.found else ""))
     if len(tasks) > 1:
         say(f"{len(tasks) - bad} photos in {seconds:.1f} s, {(len(tasks) - bad) / seconds:.2f} a second")
     if bad:

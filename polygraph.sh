@@ -66,6 +66,7 @@ encoder="$onnx/lseg.onnx"
 if [ ${#photos[@]} -eq 0 ]; then photos=("$root/image/temple.jpg"); fi
 for photo in "${photos[@]}"; do
   [ -f "$photo" ] || fail "$photo does not exist: check the name"
+  case "$photo" in *:*) fail "$photo has a colon in its name, which separates photos here: rename it" ;; esac
 done
 LSEG_PHOTOS=$(IFS=:; echo "${photos[*]}")
 export LSEG_PHOTOS

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import sys
 import time
@@ -73,15 +74,20 @@ def main(args: argparse.Namespace) -> int:
 
     if args.report:
         return show_reports(args)
+    if args.update_readme:
+        raise UserError("--update-readme needs the reports: give them with --report")
     path = args.output or short(ROOT / "log" / f"test_{time.strftime('%Y%m%d_%H%M%S')}.json")
-    writable_folder(path.parent)
+    for file in filter(None, (path, args.save_reference)):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder: name a file in it")
+        writable_folder(file.parent)
     report, rows = measure(args)
     report["rows"] = rows
     write_files({path: (json.dumps(report, indent=1) + "\n").encode()})
     print(reports.markdown(report))
     print(f"\nwrote {path}")
     if not args.no_plot and any(row["speed"] for row in rows):
-        picture = short(ROOT / "image" / f"{path.stem}.png")
+        picture = path.with_suffix(".png") if args.output else short(ROOT / "image" / f"{path.stem}.png")
         try:
             reports.plot(report, picture)
             print(f"wrote {picture}")
@@ -100,6 +106,9 @@ def show_reports(args: argparse.Namespace) -> int:
     print("\n\n".join(reports.markdown(report) for report in reports.load_reports(args.report)))
     if args.update_readme:
         readme = ROOT / "README.md"
+        outside = [file for file in args.report if not file.resolve().is_relative_to(ROOT)]
+        if outside:
+            raise UserError(f"{outside[0]} lies outside the repository: copy it to log/ before the README names it")
         names = [str(file.resolve().relative_to(ROOT)) for file in args.report]
         write_files({readme: reports.update_readme(readme, names)[1].encode()})
     return 0
@@ -140,9 +149,10 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         import enginerun
 
         enginerun.export_missing(enginerun.parse_args(["--weights", args.weights, "--onnx", str(args.onnx)]))
-    config = model_config(args)
+    config = model_config(args, digest)
     pixels = [to_pixels(photo, config["image_size"]) for photo in photos]
-    made_from = (digest, names, mode, dataset and [photo.name for photo, _ in dataset.pairs])
+    files = [sha256(file) for pair in dataset.pairs for file in pair] if dataset else []
+    made_from = (digest, names, mode, files)
     inputs = hashlib.sha256(b"".join([repr(made_from).encode(), *(image.tobytes() for image in pixels)])).hexdigest()
     expected = Expected.load(args.reference, inputs) if args.reference else None
     report = {
@@ -196,6 +206,8 @@ def random_weights(folder: Path) -> str:
     """A checkpoint of the official sizes with random weights (seed 0), written once."""
     path = folder / "lseg_random.safetensors"
     if not path.is_file():
+        if not importlib.util.find_spec("torch"):
+            raise UserError("random weights are made with torch, which is not installed: run './requirements.sh'")
         import torch
 
         from lseg.checkpoint import save_safetensors, to_official_names
@@ -210,12 +222,14 @@ def random_weights(folder: Path) -> str:
     return str(path)
 
 
-def model_config(args: argparse.Namespace) -> dict:
+def model_config(args: argparse.Namespace, digest: str) -> dict:
     """The image encoder's sizes, from the exported file where there is one, else from the weights."""
     from lseg.onnx_file import IMAGE_ONNX, read_metadata
 
     if (args.onnx / IMAGE_ONNX).is_file():
-        return read_metadata(args.onnx / IMAGE_ONNX)["image_config"]
+        metadata = read_metadata(args.onnx / IMAGE_ONNX)
+        if metadata.get("weights_sha256") == digest:
+            return metadata["image_config"]
     from lseg import checkpoint
 
     return checkpoint.load(args.weights).image_config.to_dict()

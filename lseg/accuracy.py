@@ -171,16 +171,16 @@ def broken_bounds(figures: dict, bound: Bound, random_weights: bool) -> list[str
     Random weights make nearly equal scores, where rounding decides: then the embeddings alone are held to a bound.
     """
     broken = []
-    if figures.get("relative_difference", 0) > bound.relative_difference:
+    if not figures.get("relative_difference", 0) <= bound.relative_difference:  # so that NaN breaks it too
         broken.append(f"embeddings {figures['relative_difference']:.1e} off, over {bound.relative_difference:.0e}")
     if random_weights:
         return broken
     for name, part in (("photos", figures), ("data set", figures.get("dataset", {}))):
-        if part.get("label_agreement", 100) < bound.label_agreement:
+        if not part.get("label_agreement", 100) >= bound.label_agreement:
             broken.append(
                 f"labels of the {name} {part['label_agreement']:.2f} % equal, under {bound.label_agreement} %"
             )
     change = figures.get("dataset", {}).get("miou_difference", {}).get("value", 0)
-    if abs(change) > bound.miou:
+    if not abs(change) <= bound.miou:
         broken.append(f"mIoU {change:+.2f}, beyond {bound.miou}")
     return broken

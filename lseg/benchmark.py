@@ -103,7 +103,7 @@ def matrix_rate(precision: str) -> dict[str, float | str] | None:
     except ImportError:
         return None
     gpu = torch.cuda.is_available()
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     size = 8192 if gpu else 2048
     a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu").to(dtype) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
@@ -118,7 +118,8 @@ def matrix_rate(precision: str) -> dict[str, float | str] | None:
             taken.append(time.perf_counter() - start)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return {"tflops": 2 * size**3 / float(np.median(taken[2:])) / 1e12, "size": size, "library": torch.__version__}
+    tflops = 2 * size**3 / float(np.median(taken[2:])) / 1e12
+    return {"tflops": tflops, "size": size, "library": torch.__version__, "device": "GPU" if gpu else "CPU"}
 
 
 def machine() -> dict[str, object]:

@@ -43,11 +43,14 @@ class Dataset:
         if values.shape != tuple(shape[:2]):
             sizes = f"{values.shape[1]} x {values.shape[0]} pixels and its photo {shape[1]} x {shape[0]}"
             raise UserError(f"{path} has {sizes}: give a mask of the photo's size")
-        count = len(self.labels)
-        if self.zero_is_void:
-            mask, void = values.astype(np.int32) - 1, (-1, 254)
-        else:
-            mask, void = values.astype(np.int32), (count, 255)
+        bits = _png_bits(path)
+        if bits is not None and bits < 8:  # OpenCV stretches them to 0..255
+            values = values // (255 // (2**bits - 1))
+        count, first = len(self.labels), int(self.zero_is_void)
+        mask = values.astype(np.int32) - first
+        void = (-1,) if first else (count,)
+        if values.dtype == np.uint8:
+            void += (255 - first,)
         mask[np.isin(mask, void)] = VOID
         if mask.max(initial=VOID) >= count:
             worst = int(mask.max()) + self.zero_is_void
@@ -55,6 +58,13 @@ class Dataset:
                 f"{path} has the value {worst}, beyond the {count} labels: give the labels that it was made for"
             )
         return mask
+
+
+def _png_bits(path: Path) -> int | None:
+    """Bits a pixel's value has in a PNG; None for another file."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    return head[24] if head.startswith(b"\x89PNG") and len(head) == 26 else None
 
 
 def find_dataset(folder: Path, labels: Sequence[str] | None = None, limit: int | None = None) -> Dataset:
@@ -75,6 +85,8 @@ def find_dataset(folder: Path, labels: Sequence[str] | None = None, limit: int |
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the data set's")
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
     ade = (folder / "images").is_dir() and (folder / "annotations").is_dir()
     if ade:
         images = folder / "images" / "validation" if (folder / "images" / "validation").is_dir() else folder / "images"

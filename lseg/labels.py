@@ -46,7 +46,7 @@ def parse_labels(text: str | Sequence[str]) -> LabelSet:
         name = _tidy(part)
         if not name:
             continue
-        key = _key(name)
+        key = label_key(name)
         if key in names:
             notes.append(f'label "{name}" is dropped: it repeats "{names[key]}"')
         names.setdefault(key, name)
@@ -86,7 +86,7 @@ def read_labels_file(path: str | Path) -> list[tuple[str, ...]]:
             line.split("\t")[-1].split(",") if "\t" in line else line.split(",", 5)[-1].split(";") for line in lines
         ]
     else:
-        rows = [[line] for line in text.splitlines()]
+        rows = [[word] for line in text.splitlines() for word in line.split(",")]
     labels = [tuple(word for word in map(_tidy, row) if word) for row in rows]
     labels = [words for words in labels if words]
     if not labels:
@@ -187,7 +187,7 @@ def palette(names: Sequence[str]) -> np.ndarray:
         uint8 [N, 3]: RGB, all different for different labels (case aside), neither dark nor pale.
     """
     table = [tuple(bytes.fromhex(word)) for word in COLOURS.split()]
-    keys = {_key(name) for name in names}
+    keys = {label_key(name) for name in names}
     ranked = [*(key for key in COMMON if key in keys), *sorted(keys - COMMON.keys(), key=_hash)]
     chosen: dict[str, tuple[int, ...]] = {}
     used: set[tuple[int, ...]] = set()
@@ -199,7 +199,7 @@ def palette(names: Sequence[str]) -> np.ndarray:
             if colour:
                 chosen[key] = colour
                 used.add(colour)
-    return np.array([chosen[_key(name)] for name in names], np.uint8).reshape(-1, 3)
+    return np.array([chosen[label_key(name)] for name in names], np.uint8).reshape(-1, 3)
 
 
 def _wishes(key: str, table: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
@@ -222,7 +222,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _key(name: str) -> str:
+def label_key(name: str) -> str:
     """What makes two labels the same: CLIP composes accents and lower-cases."""
     return unicodedata.normalize("NFC", " ".join(name.split())).lower()
 

@@ -90,7 +90,10 @@ class Bench:
             calls = {name: segment_call(runner, self._batch(batch), text) for name, runner in self.runners.items()}
             for name, stages in self._interleaved(f"batch {batch}, {labels} labels", calls).items():
                 tflops = flops * batch / stages["encode_image"]["median"] / 1e9
-                rate = rates.get(self.rows[name]["precision"])
+                row = self.rows[name]
+                rate = rates.get(row["precision"])
+                if rate and (row["device"] == "CPU") != (rate["device"] == "CPU"):
+                    rate = None  # of another device
                 self.rows[name]["speed"].append(
                     {
                         "batch": batch,
@@ -120,8 +123,16 @@ class Bench:
         if expected is None:
             if not importlib.util.find_spec("torch"):
                 return None
-            runner = self.runners.get(REFERENCE) or self._open(EVERY[0])
-            figures, expected, first = measure_accuracy(runner, tokens, photos, dataset, mode, None, bar("reference"))
+            try:
+                runner = self.runners.get(REFERENCE) or self._open(EVERY[0])
+                found = measure_accuracy(runner, tokens, photos, dataset, mode, None, bar("reference"))
+            except UserError:
+                raise  # the data set's fault, or that of the weights
+            except Exception as error:
+                if REFERENCE in self.runners:
+                    self._drop(REFERENCE, one_line(error))
+                return None
+            figures, expected, first = found
             if REFERENCE in self.runners:
                 self.rows[REFERENCE]["accuracy"] = figures
         for variant in self.variants:
@@ -154,7 +165,8 @@ class Bench:
         return found
 
     def _drop(self, name: str, error: str) -> None:
-        self.rows[name] |= {"error": error, "speed": [], "encode_text": {}}
+        lost = ("first_call_ms", "build_seconds", "device_memory_mib", "accuracy")
+        self.rows[name] |= {"error": error, "speed": [], "encode_text": {}, **dict.fromkeys(lost)}
         del self.runners[name]
 
     def _batch(self, count: int) -> np.ndarray:

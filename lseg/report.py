@@ -12,6 +12,7 @@ from lseg.errors import UserError
 
 FORMAT = "lseg-report-1"
 SECTION = re.compile(r"(<!-- performance: (?P<files>[^>]*?) -->\n).*?(<!-- /performance -->)", re.DOTALL)
+REQUIRED = {"machine", "weights", "settings", "rows", "matrix_rate", "photos", "labels", "reference", "image_size"}
 HEADER = (
     "backend",
     "precision",
@@ -27,7 +28,7 @@ HEADER = (
 
 
 def load_reports(paths: Sequence[Path]) -> list[dict]:
-    """Reads reports and merges those of the same weights on the same machine, in order.
+    """Reads reports and merges those of the same weights, inputs and settings on the same machine, in order.
 
     Raises:
         UserError: a file cannot be read or is no report, or two that belong together measured the same backend.
@@ -40,10 +41,11 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
             raise UserError(f"{path} cannot be read ({error.strerror}): give a JSON that testlseg.py wrote") from None
         except ValueError:
             report = None
-        if not isinstance(report, dict) or report.get("format") != FORMAT:
+        if not isinstance(report, dict) or report.get("format") != FORMAT or not REQUIRED <= report.keys():
             raise UserError(f"{path} is no report of this version of testlseg.py: measure again")
         gpu = report["machine"]["gpu"] or {}
-        key = (report["weights"]["sha256"], report["machine"]["cpu"], gpu.get("name"))
+        same = (report["weights"], report["settings"], report["photos"], report["labels"], report["reference"])
+        key = (json.dumps(same, sort_keys=True), report["machine"]["cpu"], gpu.get("name"))
         if key not in merged:
             merged[key] = report
             continue
@@ -192,7 +194,7 @@ def update_readme(readme: Path, files: Sequence[str] | None = None) -> list[str]
 
 
 def plot(report: dict, path: Path) -> None:
-    """Latency by stage, stacked, and label agreement beside it, of batch 1; a PNG.
+    """Latency by stage, stacked, of the first case, and label agreement beside it; a PNG.
 
     Raises:
         UserError: Matplotlib is not installed.
@@ -206,17 +208,22 @@ def plot(report: dict, path: Path) -> None:
     from lseg.files import write_files
 
     rows = [row for row in report["rows"] if row["speed"]][::-1]
-    names = [f"{row['library']}\n{row['precision']} {row['matmul'] or ''}".strip() for row in rows]
+    names = [
+        f"{row['library']}\n{row['device'][:24]}, {row['precision']} {row['matmul'] or ''}".strip() for row in rows
+    ]
+    places = range(len(rows))
     figure = Figure(figsize=(9, 1.4 + 0.6 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     start = [0.0] * len(rows)
     for stage, colour in (("preprocess", "#8a8f98"), ("encode_image", "#2a7de1"), ("similarity", "#f2a33a")):
         values = [row["speed"][0]["stages"].get(stage, {}).get("median", 0.0) for row in rows]
-        left.barh(names, values, left=start, color=colour, label=stage)
+        left.barh(places, values, left=start, color=colour, label=stage)
         start = [a + b for a, b in zip(start, values, strict=True)]
     for index, total in enumerate(start):
         left.text(total, index, f" {total:.3g} ms", va="center")
-    left.set_xlabel("median milliseconds, batch 1")
+    left.set_yticks(places, names)
+    case = rows[0]["speed"][0] if rows else {"batch": 1, "labels": 0}
+    left.set_xlabel(f"median milliseconds, batch {case['batch']}, {case['labels']} labels")
     left.margins(x=0.15)
     left.legend(loc="lower right", frameon=False)
     agreement = [(row["accuracy"] or {}).get("label_agreement") for row in rows]

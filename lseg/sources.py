@@ -16,6 +16,9 @@ from lseg.image import SUFFIXES, read_bytes
 PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
 
 
+LONGEST = 225  # bytes of a name, so that what follows it fits into a file system's 255
+
+
 @dataclass(frozen=True)
 class Photo:
     """One image to segment.
@@ -55,6 +58,8 @@ def list_photos(inputs: Sequence[str | Path]) -> tuple[list[Photo], list[str]]:
 
 
 def _expand(text: str | Path, notes: list[str]) -> list[Photo]:
+    if not str(text).strip():
+        raise UserError("an empty name is given for a photo: leave it out, or name one")
     path = Path(text)
     try:
         if path.is_dir():
@@ -127,13 +132,23 @@ def _in_list(path: Path) -> list[Photo]:
 def _in_archive(path: Path, notes: list[str]) -> list[Photo]:
     """Images in a tar: each is read at its place, so that several threads may read at once."""
     photos = []
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in _members(archive, path, notes):
-                if not member.isreg() or not _is_image(member.name) or _is_ours(member.name):
+                if member.islnk() and member.linkname in places:  # a second name of an earlier member
+                    member.offset_data, member.size = places[member.linkname]
+                elif not member.isreg():
+                    continue
+                places[member.name] = member.offset_data, member.size
+                if not _is_image(member.name) or _is_ours(member.name):
                     continue
                 # Names come from elsewhere: nothing may leave the output folder.
-                parts = [part for part in PurePosixPath(member.name).with_suffix("").parts if part not in ("..", "/")]
+                parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+                if "\0" in member.name or member.issparse():
+                    notes.append(f"{path}:{ascii(member.name)} is left out: pack it as a plain file of a plain name")
+                    continue
+                parts[-1] = PurePosixPath(parts[-1]).stem
                 shown, at, size = f"{path}:{member.name}", member.offset_data, member.size
                 read = lambda shown=shown, at=at, size=size: _read_at(path, shown, at, size)  # noqa: E731
                 photos.append(Photo(shown, PurePosixPath(*parts), read, f"{os.path.realpath(path)}:{at}"))
@@ -153,15 +168,25 @@ def _members(archive: tarfile.TarFile, path: Path, notes: list[str]) -> Iterator
             notes.append(f"{path} breaks off or is damaged ({error}): what stands before that is taken")
             return
         if member is None:
+            if not _ends_here(path, archive.offset):
+                notes.append(f"{path} breaks off or is damaged: what stands before that is taken")
             return
         yield member
+
+
+def _ends_here(path: Path, offset: int) -> bool:
+    """Whether a tar archive is over at this place: nothing follows, or a block of zeros does."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    return not block.strip(b"\0") and len(block) in (0, tarfile.BLOCKSIZE)
 
 
 def _read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read(size)
+            data = file.read(size) if offset + size <= os.fstat(file.fileno()).st_size else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
     if len(data) < size:
@@ -191,8 +216,9 @@ def output_names(photos: Sequence[Photo], folder: Path) -> list[Path]:
     taken |= {os.path.join(os.path.realpath(file.parent), file.name) for file in files}  # a link counts as well
     names = []
     for photo in photos:
+        stem = os.fsencode(photo.name.name)[:LONGEST].decode(errors="ignore") or "photo"
         for number in count(1):
-            name = photo.name if number == 1 else photo.name.with_name(f"{photo.name.name}_{number}")
+            name = photo.name.with_name(stem if number == 1 else f"{stem}_{number}")
             results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING)}
             if not results & taken:
                 break

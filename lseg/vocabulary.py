@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.labels import LabelSet, parse_labels
+from lseg.labels import LabelSet, label_key, parse_labels
 from lseg.text_cache import TextCache
 from lseg.tokenizer import Tokenizer
 
@@ -52,19 +52,22 @@ def with_synonyms(rows: Sequence[Sequence[str]]) -> Vocabulary:
     A synonym that another label has already, as its name or synonym, is dropped with a note.
 
     Raises:
-        UserError: there is no label, or "other" is the only one.
+        UserError: there is no label, "other" is the only one, or a label holds a comma.
     """
-    labels = parse_labels([row[0] for row in rows])
-    place = {name: index for index, name in enumerate(labels.names)}
-    texts, owner, notes = list(labels.names), list(range(len(labels.names))), list(labels.notes)
-    seen = {name.lower() for name in texts}
     for row in rows:
-        label = place.get(row[0])
+        if "," in row[0]:
+            raise UserError(f'the label "{row[0]}" holds a comma: name it with one word or phrase, and add synonyms')
+    labels = parse_labels([row[0] for row in rows])
+    place = {label_key(name): index for index, name in enumerate(labels.names)}
+    texts, owner, notes = list(labels.names), list(range(len(labels.names))), list(labels.notes)
+    seen = {label_key(name) for name in texts}
+    for row in rows:
+        label = place[label_key(row[0])]
         for word in row[1:]:
-            if label is None or word.lower() in seen:
+            if label_key(word) in seen:
                 notes.append(f'synonym "{word}" of "{row[0]}" is dropped: it is there already')
                 continue
-            seen.add(word.lower())
+            seen.add(label_key(word))
             texts.append(word)
             owner.append(label)
     return Vocabulary(LabelSet(labels.names, tuple(notes)), tuple(texts), np.array(owner, np.int32))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from lseg.dataset import CAMVID, VOID, find_dataset
+from lseg.dataset import CAMVID, VOID, Dataset, find_dataset
 from lseg.errors import UserError
 from lseg.labels import read_labels_file
 
@@ -56,6 +58,25 @@ class TestLayouts:
         data = find_dataset(tmp_path)
         assert (data.labels, data.pairs) == (("wall", "building"), ((photo, mask),))
         assert data.mask(mask, (1, 4)).tolist() == [[VOID, 0, 1, VOID]]
+
+
+class TestValues:
+    @pytest.mark.parametrize("bits, count", [(1, 2), (2, 4), (4, 16)])
+    def test_masks_of_few_bits(self, tmp_path, bits, count, seed):
+        """As they are in the file, not stretched to 0..255."""
+        values = np.random.default_rng(seed).integers(0, count, (6, 8), dtype=np.uint8)
+        rows = b"".join(b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:]).tobytes() for row in values)
+        head = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+        chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+        png = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+        (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+        data = Dataset("x", (), tuple(map(str, range(count))))
+        assert np.array_equal(data.mask(tmp_path / "grey.png", (6, 8)), values)
+
+    def test_255_is_a_label_in_16_bits(self, tmp_path):
+        assert cv2.imwrite(str(tmp_path / "a.png"), np.array([[255, 299, 300]], np.uint16))
+        data = Dataset("x", (), tuple(map(str, range(300))))
+        assert data.mask(tmp_path / "a.png", (1, 3)).tolist() == [[255, 299, VOID]]
 
 
 class TestBroken:
@@ -105,6 +126,7 @@ class TestLabelsFile:
         [
             ("sky\n\n  traffic   light \ncar\n", [("sky",), ("traffic light",), ("car",)]),
             ("\ufeffsky\r\ncar", [("sky",), ("car",)]),
+            ("car, road\nsky", [("car",), ("road",), ("sky",)]),
             (ADE_TABS, [("wall",), ("building", "edifice")]),
             (ADE_COMMAS, [("wall",), ("building", "edifice")]),
             (json.dumps(["sky", ["car", "automobile"]]), [("sky",), ("car", "automobile")]),

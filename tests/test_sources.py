@@ -75,6 +75,49 @@ class TestList:
         assert [(str(photo.name), photo.read()) for photo in photos] == [("000/a", b"one"), ("abs/b", b"two")]
         assert notes == [] and photos[0].shown == f"{path}:000/a.jpg"
 
+    def test_names_from_elsewhere(self, tmp_path):
+        """Whatever an archive calls its members, results stay below the output folder."""
+        odd = ("//abs/a.jpg", "/b.jpg", "../../c.jpg", "x/./../d.jpg", "...jpg/e.jpg")
+        photos, _ = list_photos([pack(tmp_path / "set.tar", dict.fromkeys(odd, b"x"))])
+        assert len(photos) == 5
+        for photo in photos:
+            assert not photo.name.is_absolute() and ".." not in photo.name.parts, photo
+
+    def test_linked_members(self, tmp_path):
+        touch(tmp_path, "in/a.jpg")
+        (tmp_path / "in" / "b.jpg").hardlink_to(tmp_path / "in" / "a.jpg")
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(tmp_path / "in", "in")
+        first = list_photos([tmp_path / "set.tar"])[0]
+        assert {photo.read() for photo in first} == {b"in/a.jpg"} and len(first) == 1  # one picture, once
+
+    def test_a_damaged_header_is_told(self, tmp_path):
+        path = pack(tmp_path / "set.tar", {f"{n}.jpg": b"x" for n in range(3)})
+        data = bytearray(path.read_bytes())
+        data[1024 + 5] ^= 1
+        path.write_bytes(data)
+        photos, notes = list_photos([path])
+        assert len(photos) == 1 and len(notes) == 1 and "breaks off or is damaged" in notes[0]
+
+    def test_a_size_that_cannot_be(self, tmp_path):
+        member = tarfile.TarInfo("a.jpg")
+        member.size = 2**42
+        (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"x" * 1024)
+        (photo,), _ = list_photos([tmp_path / "set.tar"])
+        with pytest.raises(UserError, match="a.jpg is cut short, with its archive"):
+            photo.read()
+
+    def test_a_name_as_long_as_may_be(self, tmp_path):
+        touch(tmp_path, "é" * 120 + ".jpg", "é" * 119 + "e.jpg")
+        photos, _ = list_photos([tmp_path])
+        names = output_names(photos, tmp_path)
+        assert len(set(names)) == 2
+        assert all(len(f"{name}_labels.json".encode()) <= 255 for name in names)
+
+    def test_an_empty_name(self):
+        with pytest.raises(UserError, match="an empty name is given for a photo: leave it out, or name one"):
+            list_photos([""])
+
     def test_an_archive_that_breaks_off(self, tmp_path):
         """What stands before the break is taken; a member that is cut is told when it is read."""
         path = pack(tmp_path / "set.tar", {f"{n}.jpg": bytes([n]) * 2000 for n in range(5)})

@@ -144,6 +144,10 @@ class TestRun:
             (["--limit", "0"], "--limit 0 cannot be: give at least 1"),
             (["--dataset", "nowhere"], "nowhere is no folder: give the data set's"),
             (["--reference", "nowhere.npz"], "nowhere.npz cannot be read (No such file or directory): make it"),
+            (["--update-readme"], "--update-readme needs the reports: give them with --report"),
+            (["--report", "/etc/hostname", "--update-readme"], "/etc/hostname is no report of this version"),
+            (["--save-reference", "."], ". is a folder: name a file in it"),
+            (["--output", "."], ". is a folder: name a file in it"),
             (["--photos", "nowhere.jpg"], "nowhere.jpg does not exist; check the name"),
             (["--labels-file", "nowhere.txt"], "nowhere.txt cannot be read (No such file or directory)"),
             (["--output", f"{__file__}/x.json"], "is a file, not a folder; choose another output folder"),
@@ -278,6 +282,8 @@ class TestScores:
         off["dataset"]["miou_difference"] = {"value": -0.2}
         words = [text.split()[0] for text in broken_bounds(off, BOUNDS["fp32"], False)]
         assert words == ["embeddings", "labels", "labels", "mIoU"]
+        nothing = {"relative_difference": float("nan")}
+        assert len(broken_bounds(nothing, BOUNDS["fp16"], True)) == 1  # an engine that overflowed
         assert len(broken_bounds(off, BOUNDS["fp32"], True)) == 1  # with random weights labels are near ties
 
     def test_reference_file(self, tmp_path, seed):
@@ -315,6 +321,9 @@ class TestReport:
         for row in other["rows"]:
             row["variant"] += "-2"
         assert len(report.load_reports(self.save(tmp_path, found, other))) == 1
+        other["settings"]["runs"] += 1  # its figures would stand under the other's claims
+        assert len(report.load_reports(self.save(tmp_path, found, other))) == 2
+        other["settings"]["runs"] -= 1
         other["weights"]["sha256"] = "0"
         assert len(report.load_reports(self.save(tmp_path, found, other))) == 2
 
@@ -323,6 +332,7 @@ class TestReport:
         for contents, sentence in (
             ([found, other], "1.json holds torch, as another report of the same weights and machine: give one"),
             (["{"], "0.json is no report of this version of testlseg.py: measure again"),
+            ([{"format": "lseg-report-1"}], "0.json is no report of this version of testlseg.py: measure again"),
             (["[]"], "0.json is no report of this version of testlseg.py: measure again"),
         ):
             with pytest.raises(UserError, match=sentence):
