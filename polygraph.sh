@@ -141,6 +141,7 @@ layerwise() {
   return 1
 }
 
+if [ "$command" != inspect ] && [ "$command" != capability ]; then helper photos; fi
 case "$command" in capability | precision | layerwise) need_tensorrt ;; esac
 named=()
 for photo in "${photos[@]}"; do named+=(--photo "$photo"); done

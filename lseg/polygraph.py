@@ -2,6 +2,7 @@
 
     polygraphy run FILE --data-loader-script lseg/polygraph.py:images ...     for a graph that takes `image`
     polygraphy run FILE --data-loader-script lseg/polygraph.py:pixels ...     for a graph that takes `pixels`
+    python -m lseg.polygraph photos                                           whether every photo can be read
     python -m lseg.polygraph ranks FILE...                                    ranks of the MatMuls' operands
     python -m lseg.polygraph graph FILE --matmul 2d --precision fp16 OUTPUT   another form of an exported encoder
     python -m lseg.polygraph torch FILE --weights demo OUTPUT                 PyTorch's results, as Polygraphy has them
@@ -72,6 +73,12 @@ def _dtype(kind: int) -> np.dtype:
     return onnx.helper.tensor_dtype_to_np_dtype(kind)
 
 
+def check_photos(args: argparse.Namespace) -> None:
+    """Reads every photo once, so that one that cannot be read is told before Polygraphy meets it."""
+    for _ in pixels():
+        pass
+
+
 def write_graph(args: argparse.Namespace) -> None:
     """Another form of an exported image encoder: from pixels for fp16 and fp32 engines, else from the image."""
     from lseg import scoring
@@ -109,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ranks = commands.add_parser("ranks")
     ranks.add_argument("files", nargs="+", type=Path)
     ranks.set_defaults(action=print_ranks)
+    photos = commands.add_parser("photos")
+    photos.set_defaults(action=check_photos)
     graph = commands.add_parser("graph")
     graph.add_argument("file", type=Path)
     graph.add_argument("output", type=Path)

@@ -90,6 +90,13 @@ def test_bad_input(polygraph_sh, words, sentence):
     assert not (polygraph_sh.home / "log").exists()
 
 
+def test_a_photo_that_is_none(polygraph_sh, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no photo")
+    status, out, err = polygraph_sh("rewrite", *polygraph_sh.options, "--photo", tmp_path / "bad.jpg")
+    assert (status, out) == (2, "") and err.startswith(f"error: {tmp_path / 'bad.jpg'} is not an image")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.skipif(gpu_count() > 0, reason="this machine has a GPU")
 @pytest.mark.parametrize("command", ["capability", "precision", "layerwise"])
 def test_what_needs_a_gpu_says_so(polygraph_sh, command):
