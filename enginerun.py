@@ -177,10 +177,12 @@ def check_before_export(args: argparse.Namespace, photos: list[Photo]) -> None:
         decode_image(photos[0].read(), photos[0].shown)
     if importlib.util.find_spec("torch"):
         read(weights, REMEDY)
-    for name, kind in ((IMAGE_ONNX, "lseg"), (SIMILARITY_ONNX, "similarity")):
-        if name not in missing:
-            remedy = remedy_for("lseg_export.py", args.weights, args.onnx)
-            check_weights(args.onnx / name, read_metadata(args.onnx / name), kind, sha256(weights), remedy)
+    kinds = {IMAGE_ONNX: "lseg", SIMILARITY_ONNX: "similarity"}
+    present = [name for name in kinds if name not in missing]
+    digest = sha256(weights) if present else ""
+    for name in present:
+        remedy = remedy_for("lseg_export.py", args.weights, args.onnx)
+        check_weights(args.onnx / name, read_metadata(args.onnx / name), kinds[name], digest, remedy)
     if args.text_onnx:
         from lseg.run_onnxruntime import TextSession
 
@@ -329,14 +331,9 @@ def report(timings: Timings, photos: int, kept: str = "") -> str:
     from lseg.runner import STAGES
 
     per = "" if photos == 1 else f" in all for {photos} photos"
-    return (
-        "milliseconds"
-        + per
-        + ": "
-        + ", ".join(
-            f"{name} {timings.milliseconds.get(name, 0):.1f}{kept if name == 'encode_text' else ''}" for name in STAGES
-        )
-    )
+    stages = {name: f"{name} {timings.milliseconds.get(name, 0):.1f}" for name in STAGES}
+    stages["encode_text"] += kept
+    return f"milliseconds{per}: {', '.join(stages.values())}"
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def main(args: argparse.Namespace) -> int:
         if file.is_dir():
             raise UserError(f"{file} is a folder: name a file in it")
         writable_folder(file.parent)
-    report, rows = measure(args)
-    report["rows"] = rows
+    report = measure(args)
+    rows = report["rows"]
     write_files({path: (json.dumps(report, indent=1) + "\n").encode()})
     print(reports.markdown(report))
     print(f"\nwrote {path}")
@@ -114,8 +114,8 @@ def show_reports(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Checks all input, opens every backend, measures, and returns the report and its rows."""
+def measure(args: argparse.Namespace) -> dict:
+    """Checks all input, opens every backend, measures, and returns the report."""
     from lseg import variants
     from lseg.accuracy import Expected
     from lseg.benchmark import machine
@@ -123,6 +123,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     from lseg.image import read_image, to_pixels
     from lseg.labels import parse_labels, read_labels_file
     from lseg.measure import Bench, Plan
+    from lseg.report import FORMAT
     from lseg.tensorfile import sha256
     from lseg.tokenizer import Tokenizer
     from lseg.weights import resolve
@@ -156,7 +157,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     inputs = hashlib.sha256(b"".join([repr(made_from).encode(), *(image.tobytes() for image in pixels)])).hexdigest()
     expected = Expected.load(args.reference, inputs) if args.reference else None
     report = {
-        "format": "lseg-report-1",
+        "format": FORMAT,
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "weights": {"name": Path(args.weights).stem, "sha256": digest, "random": args.random_weights},
@@ -188,7 +189,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[dict]]:
             print("note: no torch here and no --reference, so accuracy is left out")
         elif args.save_reference:
             found.save(args.save_reference, inputs)
-    return report, list(bench.rows.values())
+    return report | {"rows": list(bench.rows.values())}
 
 
 def parse_cases(text: str) -> list[tuple[int, int]]:

@@ -94,7 +94,7 @@ class Bench:
                 rate = rates.get(row["precision"])
                 if rate and (row["device"] == "CPU") != (rate["device"] == "CPU"):
                     rate = None  # of another device
-                self.rows[name]["speed"].append(
+                row["speed"].append(
                     {
                         "batch": batch,
                         "labels": labels,

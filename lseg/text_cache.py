@@ -50,9 +50,9 @@ class TextCache:
         kept = self._read(keys)
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            fresh = make(missing)
-            kept |= {keys[index]: vector for index, vector in zip(missing, fresh, strict=True)}
-            self._write({keys[index]: vector for index, vector in zip(missing, fresh, strict=True)})
+            fresh = dict(zip([keys[index] for index in missing], make(missing), strict=True))
+            kept |= fresh
+            self._write(fresh)
         self.found = len(keys) - len(missing)
         return np.stack([kept[key] for key in keys])
 

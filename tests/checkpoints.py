@@ -17,8 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lseg.checkpoint import Weights, load, save_safetensors, to_official_names
+from lseg import specs
+from lseg.checkpoint import Weights, load, load_text_encoder, save_safetensors, to_official_names
+from lseg.export import export_onnx
 from lseg.model import LSegConfig, LSegImageEncoder
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
+from lseg.recipes import Recipe
 from lseg.text import CLIPTextEncoder, TextConfig
 
 TABLE = Path(__file__).parent / "lseg_checkpoint_keys.tsv"
@@ -104,6 +108,19 @@ def tiny_config() -> tuple[LSegConfig, TextConfig]:
         embedding=24,
     )
     return image, TextConfig(vocabulary=49408, width=16, layers=2, heads=2, embedding=24, token_width=4)
+
+
+def export_tiny(folder: Path, seed: int) -> Weights:
+    """Exports tiny random encoders to a folder, as engines are built from, and returns their weights."""
+    weights = load(write_tiny(folder / "tiny.safetensors", seed).path)
+    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
+    export_onnx(specs.text_spec(load_text_encoder(weights), specs.weights_metadata(weights)), folder / TEXT_ONNX)
+    return weights
+
+
+def tiny_recipe(folder: Path, precision: str = "fp32", matmul: str = "4d") -> Recipe:
+    """How engines come from the encoders in that folder."""
+    return Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
 
 
 def tiny_weights(seed: int, positions: int | None = None) -> dict[str, Tensor]:

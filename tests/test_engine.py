@@ -15,9 +15,9 @@ from lseg import checkpoint, engine, specs
 from lseg.engine import EngineSpec, engine_path, get_engine, mismatch, provenance
 from lseg.errors import UserError
 from lseg.export import export_onnx
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
-from lseg.recipes import Recipe
-from tests.checkpoints import write_tiny
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
+from tests.checkpoints import export_tiny
+from tests.checkpoints import tiny_recipe as recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = SimpleNamespace(name="a GPU", compute_capability="8.9")
@@ -34,15 +34,8 @@ def trt(monkeypatch):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
-    weights = checkpoint.load(write_tiny(folder / "tiny.safetensors", seed=5).path)
-    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
-    text = checkpoint.load_text_encoder(weights)
-    export_onnx(specs.text_spec(text, specs.weights_metadata(weights)), folder / TEXT_ONNX)
+    export_tiny(folder, seed=5)
     return folder
-
-
-def recipe(folder: Path, precision: str = "fp32", matmul: str = "4d") -> Recipe:
-    return Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
 
 
 def ranks_of_products(trt, serialized_onnx: bytes) -> set[tuple[int, int]]:

@@ -11,14 +11,13 @@ from onnx import TensorProto, numpy_helper
 
 from lseg import checkpoint, scoring, specs
 from lseg.errors import UserError
-from lseg.export import export_onnx
 from lseg.loaded_engine import to_float32
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 from lseg.padding import pad_tokens
 from lseg.precision import to_bfloat16
-from lseg.recipes import Recipe
 from lseg.similarity import Similarity
-from tests.checkpoints import write_tiny
+from tests.checkpoints import export_tiny
+from tests.checkpoints import tiny_recipe as recipe
 
 FORMS = [(precision, matmul) for precision in ("fp32", "fp16") for matmul in ("4d", "3d", "2d")]
 
@@ -27,11 +26,7 @@ FORMS = [(precision, matmul) for precision in ("fp32", "fp16") for matmul in ("4
 def exported(tmp_path_factory):
     """A folder with tiny exported encoders, and the weights."""
     folder = tmp_path_factory.mktemp("onnx")
-    weights = checkpoint.load(write_tiny(folder / "tiny.safetensors", seed=3).path)
-    export_onnx(specs.image_spec(weights), folder / IMAGE_ONNX)
-    text = checkpoint.load_text_encoder(weights)
-    export_onnx(specs.text_spec(text, specs.weights_metadata(weights)), folder / TEXT_ONNX)
-    return folder, weights
+    return folder, export_tiny(folder, seed=3)
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -39,10 +34,6 @@ def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarra
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
-
-
-def recipe(folder, precision: str, matmul: str) -> Recipe:
-    return Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
 
 
 def random_inputs(seed: int, weights, batch: int, labels: int) -> tuple[np.ndarray, np.ndarray]:

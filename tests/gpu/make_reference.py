@@ -13,20 +13,21 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from lseg.dataset import find_dataset  # noqa: E402
 from lseg.image import read_image, to_pixels  # noqa: E402
 from lseg.run_torch import TorchRunner  # noqa: E402
 from lseg.tokenizer import Tokenizer  # noqa: E402
-from testlseg import CAMVID, find_pairs  # noqa: E402
 
 
 def main(dataset: Path, output: Path) -> None:
-    tokens = Tokenizer()([name.strip() for name in CAMVID.split(",")])
+    data = find_dataset(dataset)
+    tokens = Tokenizer()(data.labels)
     rng = np.random.default_rng(7)
     random_text = rng.standard_normal((1000, 512)).astype(np.float32)
     random_text /= np.linalg.norm(random_text, axis=1, keepdims=True)
     with TorchRunner("demo") as runner:
         text = runner.encode_text(tokens)
-        photos = [photo for photo, _ in find_pairs(dataset)]
+        photos = [photo for photo, _ in data.pairs]
         labels = [runner.segment(to_pixels(read_image(photo))[None], text).labels[0] for photo in photos]
         temple = to_pixels(read_image(ROOT / "image" / "temple.jpg"))[None]
         counts = {f"random_labels_{n}": runner.segment(temple, random_text[:n]).labels[0] for n in (1, 2, 8, 150, 1000)}
