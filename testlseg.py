@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Checks all input, opens every backend, measures, and returns the report."""
     from lseg import variants
     from lseg.accuracy import Expected
-    from lseg.benchmark import machine
+    from lseg.benchmark import gpu, machine
     from lseg.dataset import CAMVID, find_dataset
     from lseg.image import read_image, to_pixels
     from lseg.labels import parse_labels, read_labels_file
@@ -184,6 +184,7 @@ def measure(args: argparse.Namespace) -> dict:
         bench.open(time_first_calls=not args.no_speed)
         if not args.no_speed:
             report["matrix_rate"] = bench.measure_speed()
+            report["machine"] |= {"gpu": gpu()}  # its clocks when it has been at work
         found = bench.measure_accuracy(tokens, dataset, mode, expected)
         if found is None:
             print("note: no torch here and no --reference, so accuracy is left out")

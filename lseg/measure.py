@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lseg.accuracy import Expected, broken_bounds, measure_accuracy, miou_difference
+from lseg.accuracy import Expected, broken_bounds, measure_accuracy
 from lseg.benchmark import gpu_memory_mib, interleaved, matrix_rate, one_line, segment_call, text_call
 from lseg.dataset import Dataset
 from lseg.errors import UserError
@@ -69,7 +69,8 @@ class Bench:
                     row["first_call_ms"] = row["first_call_ms"] or (time.perf_counter() - start) * 1e3
                 row["build_seconds"] = getattr(runner, "build_seconds", None)
                 if before is not None and runner.identity.device != "CPU":
-                    row["device_memory_mib"] = gpu_memory_mib() - before
+                    taken = gpu_memory_mib() - before
+                    row["device_memory_mib"] = taken if taken > 0 else None  # an earlier one may have given some back
             except Exception as error:  # its failure is a result
                 row["error"] = str(error) if isinstance(error, UserError) else one_line(error)
                 continue
@@ -90,19 +91,8 @@ class Bench:
             calls = {name: segment_call(runner, self._batch(batch), text) for name, runner in self.runners.items()}
             for name, stages in self._interleaved(f"batch {batch}, {labels} labels", calls).items():
                 tflops = flops * batch / stages["encode_image"]["median"] / 1e9
-                row = self.rows[name]
-                rate = rates.get(row["precision"])
-                if rate and (row["device"] == "CPU") != (rate["device"] == "CPU"):
-                    rate = None  # of another device
-                row["speed"].append(
-                    {
-                        "batch": batch,
-                        "labels": labels,
-                        "stages": stages,
-                        "tflops": tflops,
-                        "share": tflops / rate["tflops"] if rate else None,
-                    }
-                )
+                case = {"batch": batch, "labels": labels, "stages": stages, "tflops": tflops}
+                self.rows[name]["speed"].append(case)
         return rates
 
     def measure_accuracy(
@@ -119,7 +109,7 @@ class Bench:
         Returns:
             what the reference gave; None where there is neither `expected` nor torch.
         """
-        photos, first = self.plan.photos, None
+        photos = self.plan.photos
         if expected is None:
             if not importlib.util.find_spec("torch"):
                 return None
@@ -132,7 +122,7 @@ class Bench:
                 if REFERENCE in self.runners:
                     self._drop(REFERENCE, one_line(error))
                 return None
-            figures, expected, first = found
+            figures, expected = found
             if REFERENCE in self.runners:
                 self.rows[REFERENCE]["accuracy"] = figures
         for variant in self.variants:
@@ -140,16 +130,13 @@ class Bench:
             if name not in self.runners or self.rows[name]["accuracy"]:
                 continue
             try:
-                figures, _, score = measure_accuracy(
-                    self.runners[name], tokens, photos, dataset, mode, expected, bar(name)
-                )
+                runner = self.runners[name]
+                figures, _ = measure_accuracy(runner, tokens, photos, dataset, mode, expected, bar(name))
             except UserError:
                 raise  # the data set's fault
             except Exception as error:
                 self._drop(name, one_line(error))
                 continue
-            if score and first:
-                figures["dataset"]["miou_difference"] = miou_difference(score, first)
             self.rows[name]["accuracy"] = figures
             self.rows[name]["broken"] = broken_bounds(figures, variant.bound, self.plan.random_weights)
         return expected

@@ -13,7 +13,7 @@ from lseg.tensorfile import sha256
 if TYPE_CHECKING:
     import onnx
 
-RECIPE = 1  # raise it when a graph below changes: engines of an older recipe are built again
+RECIPE = 2  # raise it when a graph below changes: engines of an older recipe are built again
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 LABELS_IN_BATCH = LABELS_A_PASS // MAX_BATCH  # scores of a batch then take no more memory: 300 MB

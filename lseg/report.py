@@ -90,10 +90,13 @@ def _cells(report: dict, row: dict) -> list[tuple[str, ...]]:
     if not row["speed"]:
         return [(name, arithmetic, *["–"] * 5, *found)]
     text = row["encode_text"].get(str(report["settings"]["table_text_count"]))
+    rate = report["matrix_rate"].get(row["precision"])
+    if rate and (row["device"] != "CPU") != (rate.get("device") == "GPU"):
+        rate = None  # of another device
     cells = []
     for case in row["speed"]:
         stages = case["stages"]
-        share = f" ({case['share']:.0%})" if case["share"] else ""
+        share = f" ({case['tflops'] / rate['tflops']:.0%})" if rate else ""
         cells.append(
             (
                 name,
@@ -140,7 +143,7 @@ def _notes(report: dict, settings: dict) -> list[str]:
             notes.append(f"{row['variant']} breaks its bound: {reason}.")
         if row["build_seconds"]:
             notes.append(f"{row['variant']}: engines built in {row['build_seconds']:.0f} s.")
-        if row["device_memory_mib"]:
+        if (row["device_memory_mib"] or 0) > 0:
             notes.append(f"{row['variant']}: {row['device_memory_mib']:.0f} MiB of GPU memory.")
         data = (row["accuracy"] or {}).get("dataset")
         if data:

@@ -148,7 +148,7 @@ class OnnxRuntimeRunner:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return self._embed(normalise(pixels)).numpy()
 
-    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+    def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         return segment_in_stages(pixels, text, self._embed, self._score)
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:

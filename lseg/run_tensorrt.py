@@ -108,17 +108,17 @@ class TensorRTRunner:
                 parts.append(to_float32(found).reshape(len(images), -1, side, side))
         return np.concatenate(parts)
 
-    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+    def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         self._check(pixels)
         timings = Timings()
         with self._lock, self.device:
             work = self._segment if len(text) <= LABELS_A_PASS else self._segment_in_passes
             batches = self._batches(pixels, len(text))
             # The score is part of the engine: its time counts to encode_image.
-            maps = timings.measure("encode_image", lambda: [work(images, text) for images in batches])
-        labels = maps[0] if len(maps) == 1 else np.concatenate(maps)
+            found = timings.measure("encode_image", lambda: [work(images, text, best) for images in batches])
+        labels, cosines = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*found, strict=True))
         timings.milliseconds.update({"preprocess": 0.0, "similarity": 0.0})
-        return Segmentation(labels, None, timings)
+        return Segmentation(labels, cosines if best else None, timings)
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
         size = self.image_size
@@ -151,8 +151,8 @@ class TensorRTRunner:
         single = self.matmul == "2d" or labels > LABELS_IN_BATCH
         return [pixels[i : i + 1] for i in range(len(pixels))] if single else [pixels]
 
-    def _segment(self, pixels: np.ndarray, text: np.ndarray) -> np.ndarray:
-        """Up to 256 labels: one engine, one copy in, one copy out. uint8 [B, S, S]."""
+    def _segment(self, pixels: np.ndarray, text: np.ndarray, best: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Up to 256 labels: one engine, one copy in, one copy out. uint8 [B, S, S]; cosines, empty if not asked for."""
         engine = self._engine("labels")
         if self._text is None or self._text.shape != text.shape or not np.array_equal(self._text, text):
             buffer = engine.buffers["text"]
@@ -180,17 +180,25 @@ class TensorRTRunner:
                 while len(self._graphs) >= 16:
                     self._graphs.pop(next(iter(self._graphs))).close()
                 self._graphs[key] = Graph(self.stream, work)
-        self.stream.synchronize()
-        return result.host[:size].reshape(shape).copy()
+        cosines = self._download(engine.buffers["best"], shape, best)
+        return result.host[:size].reshape(shape).copy(), cosines
 
-    def _segment_in_passes(self, pixels: np.ndarray, text: np.ndarray) -> np.ndarray:
-        """Any number of labels: the embeddings stay on the GPU, groups of labels keep a running maximum there."""
+    def _download(self, buffer: Buffer, shape: tuple[int, ...], wanted: bool) -> np.ndarray:
+        """What a buffer holds on the GPU, or an empty array where it is not wanted. Waits for all work either way."""
+        size = int(np.prod(shape)) if wanted else 0
+        if size:
+            buffer.download(self.stream, size)
+        self.stream.synchronize()
+        return buffer.host[:size].reshape(shape if wanted else (0,)).copy()
+
+    def _segment_in_passes(self, pixels: np.ndarray, text: np.ndarray, best: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Any number of labels: embeddings stay on the GPU, groups of labels keep a running maximum; int32."""
         shape = (len(pixels), self.image_size, self.image_size)
         size = int(np.prod(shape))
         embeddings, _ = self._embed(pixels)
         engine = self._engine("pass")
-        best, labels, offset = (engine.buffers[name] for name in ("best_before", "labels_before", "offset"))
-        best.fill(self.stream, -2.0, size)  # below every cosine
+        top, labels, offset = (engine.buffers[name] for name in ("best_before", "labels_before", "offset"))
+        top.fill(self.stream, -2.0, size)  # below every cosine
         labels.fill(self.stream, 0.0, size)
         for start in range(0, len(text), LABELS_A_PASS):
             group = text[start : start + LABELS_A_PASS]
@@ -214,9 +222,8 @@ class TensorRTRunner:
             for name in ("best", "labels"):
                 source, target = engine.buffers[name], engine.buffers[f"{name}_before"]
                 self.device.driver.memcpy_dtod_async(target.address, source.address, size * 4, self.stream)
-        labels.download(self.stream, size)
-        self.stream.synchronize()
-        return labels.host[:size].reshape(shape).astype(np.int32)
+        cosines = self._download(top, shape, best)
+        return self._download(labels, shape, True).astype(np.int32), cosines
 
     def _embed(self, pixels: np.ndarray) -> tuple[Buffer, int]:
         """Pixel embeddings in the engine's own buffer on the GPU, and how many numbers they are."""

@@ -22,7 +22,7 @@ class HalfPipeline(nn.Module):
         text: float16 [N, D].
 
     Returns of a call:
-        int32 [B, S, S] labels, float16 [B, S, S] their cosines.
+        labels [B, S, S], uint8 up to 256 texts, else int32; float16 [B, S, S] their cosines.
     """
 
     def __init__(self, image: nn.Module, scoring: nn.Module):
@@ -32,7 +32,7 @@ class HalfPipeline(nn.Module):
     def forward(self, pixels: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = pixels.permute(0, 3, 1, 2).half() * (2 / 255) - 1  # [B, 3, S, S]
         labels, best, _ = self.scoring(self.image(images), text)
-        return labels, best
+        return labels.to(torch.uint8) if len(text) <= 256 else labels, best
 
 
 class TorchRunner:
@@ -60,11 +60,12 @@ class TorchRunner:
         self.image = checkpoint.load_image_encoder(loaded).to(self.device)
         self.scoring = Similarity().eval()
         self.image_size = self.image.config.image_size
-        self.pipeline = None
+        self.pipeline = self._pinned = None
         if precision == "fp16":
             self.pipeline = HalfPipeline(self.image.half(), self.scoring)
             if compiled:
-                self.pipeline = torch.compile(self.pipeline, mode="reduce-overhead")
+                # Each pair of shapes for itself: code for any shape is slower and has no CUDA graph.
+                self.pipeline = torch.compile(self.pipeline, mode="reduce-overhead", dynamic=False)
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         self.text_encoder = None if text_onnx else loaded.sha256
         if text_onnx:
@@ -91,14 +92,14 @@ class TorchRunner:
         return self._embed(normalise(pixels)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
+    def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         if self.pipeline is None or len(pixels) * len(text) > LABELS_A_PASS:
             return segment_in_stages(pixels, text, self._embed, self._score)
         timings = Timings()
         # One call does it all: its time counts to encode_image.
-        labels, best = timings.measure("encode_image", lambda: self._run_pipeline(pixels, text))
+        labels, cosines = timings.measure("encode_image", lambda: self._run_pipeline(pixels, text, best))
         timings.milliseconds.update({"preprocess": 0.0, "similarity": 0.0})
-        return Segmentation(labels, best, timings)
+        return Segmentation(labels, cosines, timings)
 
     @torch.inference_mode()
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -116,9 +117,12 @@ class TorchRunner:
         labels, best, _ = self.scoring(embeddings, self._text(text))
         return labels.cpu().numpy(), best.float().cpu().numpy()
 
-    def _run_pipeline(self, pixels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        labels, best = self.pipeline(torch.from_numpy(pixels).to(self.device), self._text(text))
-        return labels.cpu().numpy(), best.float().cpu().numpy()
+    def _run_pipeline(self, pixels: np.ndarray, text: np.ndarray, best: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        if self._pinned is None or self._pinned.shape != pixels.shape:
+            self._pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._pinned.numpy()[...] = pixels
+        labels, cosines = self.pipeline(self._pinned.to(self.device, non_blocking=True), self._text(text))
+        return labels.cpu().numpy(), cosines.float().cpu().numpy() if best else None
 
     def _text(self, text: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(text)).to(self.device, self.dtype)

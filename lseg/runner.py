@@ -45,7 +45,7 @@ class Timings:
 class Segmentation:
     """A batch's label maps: labels [B, S, S], indices of the texts (int32; uint8 from TensorRT up to 256 labels).
 
-    `best` holds their cosines, float32 [B, S, S], where the backend gives them.
+    `best` holds their cosines, float32 [B, S, S], where they were asked for.
     """
 
     labels: np.ndarray
@@ -88,8 +88,8 @@ class Runner(Protocol):
         """pixels uint8 [B, S, S, 3], RGB, to unit pixel embeddings float32 [B, D, S / 2, S / 2]."""
         ...
 
-    def segment(self, pixels: np.ndarray, text: np.ndarray) -> Segmentation:
-        """pixels uint8 [B, S, S, 3], RGB, and texts float32 [N, D] to label maps."""
+    def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
+        """pixels uint8 [B, S, S, 3], RGB, and texts float32 [N, D] to label maps; with `best` their cosines too."""
         ...
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:

@@ -38,6 +38,13 @@ class _Graph:
         self.graph.node.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
 
+    def top(self, x: str) -> tuple[str, str]:
+        """The largest along axis 1, and the first index that has it: one layer in TensorRT, as ArgMax alone is."""
+        values, indices = self._name("best"), self._name("index")
+        node = helper.make_node("TopK", [x, self.ints(1)], [values, indices], name=values, axis=1)
+        self.graph.node.append(node)
+        return values, indices
+
     def _name(self, kind: str) -> str:
         self.count += 1
         return f"{self.prefix}/{kind}_{self.count}"
@@ -72,16 +79,18 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     """The label-map graph around an encoder that ends with z, float32 or float16 (see `cut_head`).
 
     The result takes `pixels` uint8 [B, S, S, 3], RGB, and `text` float32 [N, D], unit length, and gives `labels` uint8
-    [B, S, S]: at most 256 texts. B is as free as in the encoder, N is free. Large products are computed in z's type,
-    what follows them in float32.
+    [B, S, S], at most 256 texts, and `best` float32 [B, S, S], their cosines. B is as free as in the encoder, N is
+    free. Large products are computed in z's type, what follows them in float32.
     """
     model, z = _with_pixels(core)
     build = _Graph(model.graph, "labels")
     batch, _, side, _ = _dims(z)
-    model.graph.output.append(helper.make_tensor_value_info("labels", TensorProto.UINT8, [batch, 4 * side, 4 * side]))
-    best = build.op("ArgMax", _double(build, _cosines(build, z)), axis=1, keepdims=0)  # [B, 4h, 4h]
-    best = build.op("Cast", best, to=TensorProto.FLOAT)  # some versions of TensorRT make uint8 of float32 only
-    build.op("Cast", best, to=TensorProto.UINT8, output="labels")
+    for name, kind in (("labels", TensorProto.UINT8), ("best", TensorProto.FLOAT)):
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, [batch, 4 * side, 4 * side]))
+    best, labels = build.top(_double(build, _cosines(build, z)))  # each [B, 1, 4h, 4h]
+    build.op("Squeeze", best, build.ints(1), output="best")
+    labels = build.op("Cast", build.op("Squeeze", labels, build.ints(1)), to=TensorProto.FLOAT)
+    build.op("Cast", labels, to=TensorProto.UINT8, output="labels")  # some versions make uint8 of float32 only
     return model
 
 
@@ -91,7 +100,7 @@ def score_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     model.CopyFrom(core)
     z = core.graph.output[0]
     batch, _, side, _ = _dims(z)
-    del model.graph.output[:]
+    del model.graph.output[:], model.graph.value_info[:]  # a rewriting may have left its types behind
     shape = [batch, "N", 4 * side, 4 * side]
     model.graph.output.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape))
     build = _Graph(model.graph, "scores")

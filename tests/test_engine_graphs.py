@@ -44,14 +44,14 @@ def random_inputs(seed: int, weights, batch: int, labels: int) -> tuple[np.ndarr
     return pixels, text / np.linalg.norm(text, axis=1, keepdims=True)
 
 
-def reference(weights, pixels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and labels by PyTorch in float64."""
+def reference(weights, pixels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings, labels and their cosines by PyTorch in float64."""
     encoder = checkpoint.load_image_encoder(weights).double()
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255 * 2 - 1
     with torch.no_grad():
         embeddings = encoder(images)
-        labels, _, _ = Similarity()(embeddings, torch.from_numpy(text).double())
-    return embeddings.numpy(), labels.numpy()
+        labels, best, _ = Similarity()(embeddings, torch.from_numpy(text).double())
+    return embeddings.numpy(), labels.numpy(), best.numpy()
 
 
 @pytest.mark.parametrize(("precision", "matmul"), FORMS)
@@ -61,10 +61,12 @@ def test_labels(exported, seed, precision, matmul):
     for batch in (1,) if matmul == "2d" else (1, 2, 3, 5, 8):
         for count in (1, 2, 8, 32):
             pixels, text = random_inputs(seed + batch, weights, batch, count)
-            (labels,) = run(model, {"pixels": pixels, "text": text})
-            assert labels.dtype == np.uint8
-            agreement = (labels == reference(weights, pixels, text)[1]).mean()
+            labels, best = run(model, {"pixels": pixels, "text": text})
+            assert (labels.dtype, best.dtype) == (np.uint8, np.float32)
+            _, wanted, cosines = reference(weights, pixels, text)
+            agreement = (labels == wanted).mean()
             assert agreement >= (0.999 if precision == "fp32" else 0.98), (batch, count, agreement)
+            assert np.abs(best - cosines).max() <= (1e-5 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.parametrize(("precision", "matmul"), FORMS)
@@ -81,7 +83,7 @@ def test_embeddings(exported, seed, precision, matmul):
 def test_passes_keep_a_running_maximum(exported, seed):
     folder, weights = exported
     pixels, text = random_inputs(seed, weights, 1, 70)
-    embeddings, expected = reference(weights, pixels, text)
+    embeddings, expected, _ = reference(weights, pixels, text)
     model = recipe(folder, "fp32", "4d").prepare("pass")
     size = weights.image_config.image_size
     best, labels = np.full((1, size, size), -2, np.float32), np.zeros((1, size, size), np.float32)

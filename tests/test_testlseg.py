@@ -62,7 +62,6 @@ class TestRun:
                 assert all(s["runs"] == 3 and 0 < s["median"] <= s["p99"] for s in case["stages"].values())
                 flops = image_encoder_flops(found_config(bench)) * case["batch"]
                 assert case["tflops"] == pytest.approx(flops / case["stages"]["encode_image"]["median"] / 1e9)
-                assert case["share"] == pytest.approx(case["tflops"] / found["matrix_rate"]["fp32"]["tflops"])
         ours = rows["onnxruntime"]["accuracy"]
         assert ours["label_agreement"] >= 99.9 and 0 < ours["relative_difference"] < 1e-4
         assert ours["cosine_min"] > 0.9999
@@ -231,7 +230,7 @@ class TestTiming:
         found = summarise([4.0, 2.0, 1.0, 3.0, 8.0])
         assert (found["median"], found["runs"]) == (3.0, 5) and found["p90"] == pytest.approx(6.4)
         assert found["drift"] == 2.0 and not is_stationary(found)
-        assert is_stationary(summarise([2.0] * 8))
+        assert is_stationary(summarise([2.0] * 8)) and is_stationary(summarise([0.0] * 8))
 
     def test_interleaved(self):
         order = []

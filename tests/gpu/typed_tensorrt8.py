@@ -1,0 +1,104 @@
+"""Runs a script of this repository on TensorRT 8.6, typing each network as its ONNX file says.
+
+    python tests/gpu/typed_tensorrt8.py testlseg.py --backends tensorrt ...
+
+TensorRT 10's strongly typed networks take every tensor's type from the ONNX file; 8.6 has none and would run the same
+graph in float32. Here each layer of an 8.6 network is given the types that ONNX's own inference finds in the file, and
+the builder is told to prefer them. Figures taken so carry the version "8.6.0+typed". Nothing else of 8.6 is hidden;
+explicit batches and the progress monitor must be bridged elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STRONGLY_TYPED = 30  # a bit that 8.6 does not know: removed before the library sees it
+
+
+def onnx_types(path: str) -> dict[str, str]:
+    """ "FLOAT" or "HALF" for each such tensor of an ONNX file; None for tensors of other types."""
+    import onnx
+
+    kinds = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        inferred = os.path.join(folder, "typed.onnx")
+        onnx.shape_inference.infer_shapes_path(path, inferred)
+        graph = onnx.load(inferred, load_external_data=False).graph
+    types = {tensor.name: kinds.get(tensor.data_type) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        types[value.name] = kinds.get(value.type.tensor_type.elem_type)
+    return types
+
+
+def type_layers(trt, network, types: dict[str, str | None]) -> Counter:
+    """Gives each arithmetic layer the type that its output has in `types`; returns how many got which."""
+    names = "ACTIVATION CONVOLUTION DECONVOLUTION ELEMENTWISE MATRIX_MULTIPLY NORMALIZATION POOLING REDUCE RESIZE SCALE"
+    arithmetic = {getattr(trt.LayerType, name) for name in f"{names} SELECT SOFTMAX TOPK UNARY".split()}
+    floats = {"FLOAT": trt.float32, "HALF": trt.float16}
+    count: Counter = Counter()
+    for layer, kind in with_types(trt, network, types):
+        if layer.type in arithmetic and kind and layer.get_output(0).dtype in floats.values():
+            layer.precision = floats[kind]
+            layer.set_output_type(0, floats[kind])
+            count[kind] += 1
+    return count
+
+
+def with_types(trt, network, types: dict[str, str | None]):
+    """Each layer and its output's type. The parser's own helpers are of their first input's, as far as it is known."""
+    known = dict(types)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.num_outputs == 0:
+            continue
+        name = layer.get_output(0).name
+        if name not in known and layer.type not in (trt.LayerType.SHAPE, trt.LayerType.CONSTANT):
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+            known[name] = next((known[t.name] for t in inputs if t is not None and known.get(t.name)), None)
+        yield layer, known.get(name)
+
+
+def bridge(trt) -> None:
+    """Types the networks of the installed TensorRT as their files say. One network at a time: parsed, then built."""
+    create, build, parse = (
+        trt.Builder.create_network,
+        trt.Builder.build_serialized_network,
+        trt.OnnxParser.parse_from_file,
+    )
+    types: dict[str, str | None] = {}  # of the file that was parsed last
+
+    def create_network(self, flags: int = 0):
+        return create(self, int(flags) & ~(1 << STRONGLY_TYPED))
+
+    def parse_from_file(self, path: str) -> bool:
+        types.clear()
+        types.update(onnx_types(path))
+        return parse(self, path)
+
+    def build_serialized_network(self, network, config):
+        if "HALF" in types.values():
+            config.set_flag(trt.BuilderFlag.FP16)
+            config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+            print("layers by type:", dict(type_layers(trt, network, types)), flush=True)
+        return build(self, network, config)
+
+    trt.__version__ += "+typed"  # in every figure, engine's name and sidecar
+    trt.OnnxParser.parse_from_file = parse_from_file
+    trt.Builder.create_network = create_network
+    trt.Builder.build_serialized_network = build_serialized_network
+
+
+if __name__ == "__main__":
+    import tensorrt
+
+    if int(tensorrt.__version__.split(".")[0]) < 10:
+        bridge(tensorrt)
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(sys.argv[0], run_name="__main__")
