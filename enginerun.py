@@ -24,15 +24,13 @@ from typing import TYPE_CHECKING
 from lseg.errors import Parser, UserError, run, short
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from lseg.photos import Wanted
     from lseg.runner import Runner, Timings
     from lseg.sources import Photo
     from lseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent
 PHOTO = ROOT / "image" / "temple.jpg"
-MANY = 20  # photos beyond which a progress bar alone tells of them
 LABELS = "sky, building, tree, road, pavement, person, car, other"
 
 
@@ -81,7 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=short, default=str(ROOT / "image"), metavar="DIR", help="folder of the pictures (image/)"
     )
-    parser.add_argument("--save-labels", action="store_true", help="write each label map too (PNG of indices and JSON)")
+    more = parser.add_argument_group("more than pictures")
+    more.add_argument("--save-labels", action="store_true", help="write each label map too (PNG of indices and JSON)")
+    more.add_argument("--save-scores", action="store_true", help="write every label's cosines too (float16 .npy)")
+    more.add_argument("--jsonl", type=short, metavar="FILE", help="write each photo's labels as a line of JSON")
+    more.add_argument("--rle", action="store_true", help="with --jsonl: masks too, in COCO's run-length encoding")
+    parser.add_argument(
+        "--unknown", type=float, metavar="T", help="leave pixels unlabelled whose best cosine is below T, -1 to 1"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out photos whose files are there already")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser.parse_args(argv)
@@ -90,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     from lseg import errors
     from lseg.labels import label_dtype
+    from lseg.photos import open_tasks, segment_photos
     from lseg.runner import Timings, choose_backend
     from lseg.sources import list_photos
     from lseg.text_cache import FILE, TextCache
@@ -97,6 +103,7 @@ def main(args: argparse.Namespace) -> int:
     from lseg.vocabulary import embed_texts, load_templates
 
     say = (lambda *_: None) if args.quiet else errors.say
+    wanted = what_is_wanted(args)
     vocabulary = read_labels(args)
     labels, texts = vocabulary.labels, vocabulary.texts
     label_dtype(len(labels.names))  # says so now if a label map cannot hold that many
@@ -108,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
     check_before_export(args, photos)
     for note in (*labels.notes, *notes):
         say(f"note: {note}")
-    tasks = open_tasks(args, photos)
+    tasks = open_tasks(photos, wanted)
     if len(tasks) < len(photos):
         say(f"note: {len(photos) - len(tasks)} of {len(photos)} photos are done already")
     if not tasks:
@@ -124,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
                 "encode_text", lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, bar)
             )
             start = time.perf_counter()
-            bad = segment_photos(tasks, runner, text, vocabulary, args, timings, say)
+            bad = segment_photos(tasks, runner, text, vocabulary, wanted, timings, say)
             seconds = time.perf_counter() - start
     say(report(timings, len(tasks) - bad, f" ({cache.found} of {len(texts)} kept)" if cache.found else ""))
     if len(tasks) > 1:
@@ -134,15 +141,31 @@ def main(args: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def open_tasks(args: argparse.Namespace, photos: list[Photo]) -> list[tuple[Photo, Path]]:
-    """The photos to segment, each with what its files begin with; with --resume without those that are done."""
-    from lseg.sources import LABEL_MAP, MEANING, PICTURE, output_names
+def what_is_wanted(args: argparse.Namespace) -> Wanted:
+    """What to make of each photo; raises UserError where options contradict each other."""
+    from lseg.photos import Wanted
 
-    tasks = list(zip(photos, output_names(photos, args.output), strict=True))
-    if not args.resume:
-        return tasks
-    ends = (PICTURE, LABEL_MAP, MEANING) if args.save_labels else (PICTURE,)
-    return [task for task in tasks if not all((args.output / f"{task[1]}{end}").exists() for end in ends)]
+    if args.unknown is not None and not -1 <= args.unknown <= 1:
+        raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
+    if args.rle and not args.jsonl:
+        raise UserError("--rle adds masks to the lines of --jsonl: name that file too")
+    if args.rle and not importlib.util.find_spec("pycocotools"):
+        raise UserError("--rle needs pycocotools, which is not installed: run './requirements.sh'")
+    if args.save_scores and args.inference != "whole":
+        raise UserError(f"--save-scores is for photos seen whole, not --inference {args.inference}: leave one out")
+    if args.jsonl and args.jsonl.is_dir():
+        raise UserError(f"{args.jsonl} is a folder: name a file in it")
+    return Wanted(
+        output=args.output,
+        inference=args.inference,
+        unknown=args.unknown,
+        labels=args.save_labels,
+        scores=args.save_scores,
+        lines=args.jsonl,
+        rle=args.rle,
+        resume=args.resume,
+        quiet=args.quiet,
+    )
 
 
 def read_labels(args: argparse.Namespace) -> Vocabulary:
@@ -246,77 +269,6 @@ def export_missing(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(wanted.values()):
         script = importlib.import_module(name)
         script.main(script.parse_args(options))
-
-
-def segment_photos(
-    tasks: list[tuple[Photo, Path]],
-    runner: Runner,
-    text: np.ndarray,
-    vocabulary: Vocabulary,
-    args: argparse.Namespace,
-    timings: Timings,
-    say: Callable[[str], object],
-) -> int:
-    """Segments photos and writes their files, reading and writing beside the network; returns how many were bad.
-
-    Raises:
-        UserError: none of them could be read, or a file cannot be written.
-    """
-    from tqdm import tqdm
-
-    from lseg import inference
-    from lseg.draw import overlay, panel, shares
-    from lseg.image import decode_image, write_image
-    from lseg.labels import palette, save_label_map
-    from lseg.pipeline import overlapped
-    from lseg.runner import Timings
-    from lseg.sources import LABEL_MAP, PICTURE
-
-    names = vocabulary.labels.names
-    colours = palette(names)
-
-    def load(task: tuple[Photo, Path]) -> tuple[np.ndarray, Timings]:
-        taken = Timings()
-        return taken.measure("decode", lambda: decode_image(task[0].read(), task[0].shown)), taken
-
-    def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[np.ndarray, np.ndarray, Timings]:
-        photo, taken = loaded
-        found = inference.segment_photo(runner, photo, text, args.inference, taken)
-        return photo, vocabulary.to_labels(found), taken
-
-    def store(task: tuple[Photo, Path], made: tuple[np.ndarray, np.ndarray, Timings]) -> tuple[Path, Timings]:
-        photo, labels, taken = made
-        picture = args.output / f"{task[1]}{PICTURE}"
-
-        def draw() -> None:
-            overlaid = overlay(photo, labels, colours)
-            write_image(picture, panel(photo, overlaid, names, colours, shares(labels, len(names))))
-            if args.save_labels:
-                save_label_map(args.output / f"{task[1]}{LABEL_MAP}", labels, names, colours)
-
-        taken.measure("draw", draw)
-        return picture, taken
-
-    bad = 0
-    silent = args.quiet or len(tasks) == 1
-    with tqdm(total=len(tasks), unit="photo", disable=True if silent else None) as bar:
-        shown = len(tasks) <= MANY or bar.disable
-        for (photo, _), result in overlapped(tasks, load, work, store):
-            bar.update()
-            with bar.external_write_mode():
-                if isinstance(result, UserError):
-                    if len(tasks) == 1:
-                        raise result
-                    bad += 1
-                    print(f"error: {result}", file=sys.stderr)
-                    continue
-                picture, taken = result
-                timings.add(taken)
-                if shown:
-                    say(f"{photo.shown} -> {picture}")
-    if bad == len(tasks):
-        raise UserError(f"none of the {bad} photos could be read: see above")
-    return bad
 
 
 def progress(steps: Sequence) -> Iterator:

@@ -37,7 +37,19 @@ MODES = {"whole": Inference(), "window": Inference((1.0,)), "multiscale": Infere
 def segment_photo(
     runner: Runner, photo: np.ndarray, text: np.ndarray, mode: str = "whole", timings: Timings | None = None
 ) -> np.ndarray:
-    """Labels a photo at its own size.
+    """`label_photo`'s labels alone."""
+    return label_photo(runner, photo, text, mode, timings, best=False)[0]
+
+
+def label_photo(
+    runner: Runner,
+    photo: np.ndarray,
+    text: np.ndarray,
+    mode: str = "whole",
+    timings: Timings | None = None,
+    best: bool = True,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels a photo at its own size, and says how near each pixel is to its label.
 
     Args:
         runner: the backend.
@@ -45,9 +57,11 @@ def segment_photo(
         text: float32 [N, D], unit length.
         mode: "whole", "window" (one scale) or "multiscale" (six scales and the mirror: the official figures).
         timings: to which each stage's milliseconds are added.
+        best: whether the cosines are wanted; some backends would copy them from the GPU for nothing.
 
     Returns:
-        integers [H, W], indices of the texts.
+        integers [H, W], indices of the texts; float32 [H, W], the cosine of each pixel with its text (the mean over
+        scales and directions, where there are several), or None.
 
     Raises:
         UserError: there is no such mode.
@@ -59,21 +73,22 @@ def segment_photo(
     how = MODES[mode]
     if not how.scales:
         pixels = timings.measure("preprocess", lambda: to_pixels(photo, runner.image_size)[None])
-        result = runner.segment(pixels, text)
+        result = runner.segment(pixels, text, best)
         timings.add(result.timings)
-        return labels_to_photo(result.labels[0], width, height)
-    best: np.ndarray | None = None
+        cosines = labels_to_photo(result.best[0], width, height) if best else None
+        return labels_to_photo(result.labels[0], width, height), cosines
+    highest: np.ndarray | None = None
     labels = np.zeros((height, width), np.int32)
     for start in range(0, len(text), LABELS_A_ROUND):
         group = text[start : start + LABELS_A_ROUND]
         maps = [scale_scores(runner, photo, group, scale, how.mirror, timings) for scale in how.scales]
         first, top = timings.measure("similarity", lambda maps=maps: _sum_and_argmax(maps, height, width))
-        if best is None:
-            labels, best = first, top
+        if highest is None:
+            labels, highest = first, top
         else:
-            better = top > best
-            labels[better], best[better] = first[better] + start, top[better]
-    return labels
+            better = top > highest
+            labels[better], highest[better] = first[better] + start, top[better]
+    return labels, highest / np.float32(len(how.scales) * (1 + how.mirror)) if best else None
 
 
 def scale_scores(

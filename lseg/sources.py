@@ -14,6 +14,7 @@ from lseg.errors import UserError, short
 from lseg.image import SUFFIXES, read_bytes
 
 PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
+SCORES, FEATURES = "_scores.npy", "_features.safetensors"
 
 
 LONGEST = 225  # bytes of a name, so that what follows it fits into a file system's 255
@@ -219,7 +220,7 @@ def output_names(photos: Sequence[Photo], folder: Path) -> list[Path]:
         stem = os.fsencode(photo.name.name)[:LONGEST].decode(errors="ignore") or "photo"
         for number in count(1):
             name = photo.name.with_name(stem if number == 1 else f"{stem}_{number}")
-            results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING)}
+            results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING, SCORES, FEATURES)}
             if not results & taken:
                 break
         taken |= results

@@ -1,0 +1,172 @@
+"""Photos to files: pictures, label maps, scores and lines of JSON, read and written beside the network."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lseg.draw import overlay, panel, shares
+from lseg.errors import UserError
+from lseg.files import write_files
+from lseg.image import decode_image, normalise, to_pixels, write_image
+from lseg.inference import label_photo
+from lseg.labels import palette, save_label_map
+from lseg.pipeline import overlapped
+from lseg.results import JsonLines, describe, mark_unknown, photos_in
+from lseg.runner import Runner, Timings
+from lseg.sources import LABEL_MAP, MEANING, PICTURE, SCORES, Photo, output_names
+from lseg.vocabulary import Vocabulary
+
+MANY = 20  # photos beyond which a progress bar alone tells of them
+SCORES_A_RUN = 64  # texts scored at once: 59 MB at 480 x 480
+
+Task = tuple[Photo, Path]  # a photo, and what its files begin with
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is made of each photo, beside its picture.
+
+    Attributes:
+        output: folder of the files.
+        inference: mode of `lseg.inference`.
+        unknown: pixels whose best cosine is below it stay unlabelled; None labels all.
+        labels: write the label map.
+        scores: write every label's cosines, float16 [N, S, S].
+        lines: file of a JSON line a photo, or None.
+        rle: add masks to the lines.
+        resume: leave out photos whose files are there, and go on with the lines.
+        quiet: no progress bar.
+    """
+
+    output: Path
+    inference: str = "whole"
+    unknown: float | None = None
+    labels: bool = False
+    scores: bool = False
+    lines: Path | None = None
+    rle: bool = False
+    resume: bool = False
+    quiet: bool = False
+
+
+class Made(NamedTuple):
+    """A photo after the network."""
+
+    photo: np.ndarray  # uint8 [H, W, 3]
+    labels: np.ndarray  # integers [H, W]
+    cosines: np.ndarray | None  # float32 [H, W]
+    scores: np.ndarray | None  # float16 [N, S, S]
+    taken: Timings
+
+
+def open_tasks(photos: Sequence[Photo], wanted: Wanted) -> list[Task]:
+    """The photos to segment; to resume, without those that are done."""
+    tasks = list(zip(photos, output_names(photos, wanted.output), strict=True))
+    if not wanted.resume:
+        return tasks
+    told = photos_in(wanted.lines) if wanted.lines else None
+    ends = [PICTURE, *([LABEL_MAP, MEANING] if wanted.labels else []), *([SCORES] if wanted.scores else [])]
+
+    def done(task: Task) -> bool:
+        there = all((wanted.output / f"{task[1]}{end}").exists() for end in ends)
+        return there and (told is None or task[0].shown in told)
+
+    return [task for task in tasks if not done(task)]
+
+
+def segment_photos(
+    tasks: Sequence[Task],
+    runner: Runner,
+    text: np.ndarray,
+    vocabulary: Vocabulary,
+    wanted: Wanted,
+    timings: Timings,
+    say: Callable[[str], object],
+) -> int:
+    """Segments photos and writes their files; returns how many could not be read.
+
+    Raises:
+        UserError: none of them could be read, or a file cannot be written.
+    """
+    names = vocabulary.labels.names
+    colours = palette(names)
+    best = wanted.unknown is not None or wanted.lines is not None
+
+    def load(task: Task) -> tuple[np.ndarray, Timings]:
+        taken = Timings()
+        return taken.measure("decode", lambda: decode_image(task[0].read(), task[0].shown)), taken
+
+    def work(_: object, loaded: tuple[np.ndarray, Timings]) -> Made:
+        photo, taken = loaded
+        labels, cosines = label_photo(runner, photo, text, wanted.inference, taken, best)
+        labels = vocabulary.to_labels(labels)
+        if wanted.unknown is not None:
+            labels = mark_unknown(labels, cosines, wanted.unknown)
+        scores = None
+        if wanted.scores:
+            scores = taken.measure("similarity", lambda: all_scores(runner, photo, text, vocabulary))
+        return Made(photo, labels, cosines, scores, taken)
+
+    def store(task: Task, made: Made) -> tuple[Path, dict, Timings]:
+        start = wanted.output / task[1]
+        picture = start.with_name(f"{start.name}{PICTURE}")
+
+        def draw() -> None:
+            overlaid = overlay(made.photo, made.labels, colours)
+            write_image(picture, panel(made.photo, overlaid, names, colours, shares(made.labels, len(names))))
+            if wanted.labels:
+                save_label_map(start.with_name(f"{start.name}{LABEL_MAP}"), made.labels, names, colours)
+            if wanted.scores:
+                file = io.BytesIO()
+                np.save(file, made.scores)
+                write_files({start.with_name(f"{start.name}{SCORES}"): file.getvalue()})
+
+        made.taken.measure("draw", draw)
+        line = {}
+        if wanted.lines is not None:
+            line = describe(task[0].shown, made.labels, made.cosines, names, wanted.rle) | {"picture": str(picture)}
+        return picture, line, made.taken
+
+    bad = 0
+    silent = wanted.quiet or len(tasks) == 1
+    bar = tqdm(total=len(tasks), unit="photo", disable=True if silent else None)
+    with bar, JsonLines(wanted.lines, more=wanted.resume) as lines:
+        shown = len(tasks) <= MANY or bar.disable
+        for (photo, _), result in overlapped(tasks, load, work, store):
+            bar.update()
+            with bar.external_write_mode():
+                if isinstance(result, UserError):
+                    if len(tasks) == 1:
+                        raise result
+                    bad += 1
+                    print(f"error: {result}", file=sys.stderr)
+                    continue
+                picture, line, taken = result
+                lines.write(line)
+                timings.add(taken)
+                if shown:
+                    say(f"{photo.shown} -> {picture}")
+    if bad == len(tasks):
+        raise UserError(f"none of the {bad} photos could be read: see above")
+    return bad
+
+
+def all_scores(runner: Runner, photo: np.ndarray, text: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Every label's cosines for a photo seen whole, float16 [N, S, S]: of synonyms the best."""
+    size = runner.image_size
+    image = normalise(to_pixels(photo, size)[None])
+    result = np.full((len(vocabulary.labels.names), size, size), -2, np.float16)
+    for start in range(0, len(text), SCORES_A_RUN):
+        found = runner.scores(image, text[start : start + SCORES_A_RUN])[0]
+        for offset, scores in enumerate(found):
+            label = vocabulary.owner[start + offset]
+            np.maximum(result[label], scores.astype(np.float16), out=result[label])
+    return result

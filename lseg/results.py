@@ -1,0 +1,129 @@
+"""What is known of a photo, as a line of JSON: each label's share and confidence, and its mask in COCO's RLE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lseg.draw import shares
+from lseg.errors import UserError
+
+
+def mark_unknown(labels: np.ndarray, cosines: np.ndarray, threshold: float) -> np.ndarray:
+    """The labels, integers [H, W], with -1 where the cosine, float32 [H, W], is below the threshold."""
+    return np.where(cosines < threshold, np.int32(-1), labels.astype(np.int32))
+
+
+def describe(
+    photo: str, labels: np.ndarray, cosines: np.ndarray, names: Sequence[str], rle: bool = False
+) -> dict[str, Any]:
+    """A photo's labels in numbers.
+
+    Args:
+        photo: what it is called.
+        labels: integers [H, W], 0 to N - 1, or negative for unlabelled.
+        cosines: float32 [H, W], of each pixel with its label.
+        names: N labels.
+        rle: adds each label's mask in COCO's compressed run-length encoding (pycocotools reads it).
+
+    Returns:
+        "photo", "size" [width, height], "unlabelled" (a share), and "labels": of each label found, the most frequent
+        first, "index", "name", "share", "confidence" (the mean cosine of its pixels) and with `rle` "rle".
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+    parts = shares(labels, len(names))
+    known = labels >= 0
+    sums = np.bincount(labels[known].ravel(), cosines[known].ravel(), minlength=len(names))
+    found = []
+    for index in np.argsort(-parts, kind="stable"):
+        if parts[index] == 0:
+            break
+        mean = sums[index] / (parts[index] * labels.size)
+        entry: dict[str, Any] = {"index": int(index), "name": names[index], "share": round(float(parts[index]), 6)}
+        entry["confidence"] = round(float(mean), 5)
+        if rle:
+            entry["rle"] = encode_rle(labels == index)
+        found.append(entry)
+    unlabelled = round(float(np.count_nonzero(~known)) / labels.size, 6)
+    return {"photo": photo, "size": list(labels.shape[::-1]), "unlabelled": unlabelled, "labels": found}
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """A mask, bool [H, W], in COCO's run-length encoding: "size" [H, W] and "counts", text."""
+    try:
+        from pycocotools import mask as coco
+    except ImportError:
+        raise UserError("pycocotools, which writes COCO's masks, is not installed: run './requirements.sh'") from None
+    encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+
+
+def photos_in(path: Path) -> set[str]:
+    """What the photos of a file of such lines are called; none where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # after the last line's end: nothing, or an unfinished line
+        return {json.loads(line)["photo"] for line in lines}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): choose another --jsonl") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} holds something other than photos' lines: choose another --jsonl") from None
+
+
+class JsonLines:
+    """A file of JSON lines that grows by whole lines: what is written stays, whatever comes after. A context manager.
+
+    Args:
+        path: the file; None takes the lines and drops them.
+        more: whether to go on after the lines that are there already.
+
+    Raises:
+        UserError: it cannot be written, also later, when the disk is full.
+    """
+
+    def __init__(self, path: Path | None, more: bool = False):
+        self.path, self.file = path, None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "ab" if more else "wb", buffering=0)
+                if more:
+                    text = path.read_bytes()
+                    self.file.truncate(text.rfind(b"\n") + 1)  # a line that a killed run did not finish
+            except OSError as error:
+                raise self._refused(error) from None
+
+    def write(self, entry: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        start = self.file.seek(0, 2)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(start)  # no half line
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self.path} cannot be written ({error.strerror}): choose another --jsonl")
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
