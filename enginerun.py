@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,7 @@ from lseg.errors import Parser, UserError, run, short
 
 if TYPE_CHECKING:
     from lseg.photos import Wanted
-    from lseg.runner import Runner, Timings
-    from lseg.sources import Photo
+    from lseg.runner import Timings
     from lseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent
@@ -95,8 +94,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     from lseg import errors
     from lseg.labels import label_dtype
+    from lseg.opening import Model, check_before_export, open_backend
     from lseg.photos import open_tasks, segment_photos
-    from lseg.runner import Timings, choose_backend
+    from lseg.runner import EngineOptions, Timings, choose_backend
     from lseg.sources import list_photos
     from lseg.text_cache import FILE, TextCache
     from lseg.tokenizer import Tokenizer
@@ -111,8 +111,9 @@ def main(args: argparse.Namespace) -> int:
     tokenize, longest = Tokenizer(), max(templates, key=len)
     tokenize([longest.replace("{}", text) for text in texts])  # says so now if one is too long for CLIP
     photos, notes = list_photos(args.photos)
-    backend = choose_backend(args.backend)
-    check_before_export(args, photos)
+    model = Model(args.weights, args.onnx, args.text_onnx, args.re_export, args.quiet)
+    if choose_backend(args.backend) != "torch":
+        check_before_export(model, photos)
     for note in (*labels.notes, *notes):
         say(f"note: {note}")
     tasks = open_tasks(photos, wanted)
@@ -121,7 +122,8 @@ def main(args: argparse.Namespace) -> int:
     if not tasks:
         return 0
     with output_folder(args.output):
-        with open_backend(backend, args, say) as runner:
+        engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
+        with open_backend(args.backend, model, engines, say) as runner:
             about = "demo (they know street scenes; see the README for the official ones)"
             say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
             timings = Timings()
@@ -180,66 +182,6 @@ def read_labels(args: argparse.Namespace) -> Vocabulary:
     return Vocabulary.of(parse_labels(args.labels))
 
 
-def check_before_export(args: argparse.Namespace, photos: list[Photo]) -> None:
-    """Says what a moment can find out to be wrong before minutes of exporting, and before anything is written.
-
-    Raises:
-        UserError: the weights are not there, an exported file is of other weights, the text encoder given is none, or
-            the only photo cannot be read.
-    """
-    from lseg.image import decode_image
-    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, check_weights, read_metadata, remedy_for
-    from lseg.tensorfile import read, sha256
-    from lseg.weights import REMEDY, resolve
-
-    weights = resolve(args.weights)
-    missing = [name for name in wanted_files(args) if not (args.onnx / name).exists()]
-    if args.re_export or not missing or args.backend == "torch":
-        return  # nothing is exported, or nothing stays that could be wrong: the runner will tell
-    if len(photos) == 1:
-        decode_image(photos[0].read(), photos[0].shown)
-    if importlib.util.find_spec("torch"):
-        read(weights, REMEDY)
-    kinds = {IMAGE_ONNX: "lseg", SIMILARITY_ONNX: "similarity"}
-    present = [name for name in kinds if name not in missing]
-    digest = sha256(weights) if present else ""
-    for name in present:
-        remedy = remedy_for("lseg_export.py", args.weights, args.onnx)
-        check_weights(args.onnx / name, read_metadata(args.onnx / name), kinds[name], digest, remedy)
-    if args.text_onnx:
-        from lseg.run_onnxruntime import TextSession
-
-        TextSession(args.text_onnx)
-
-
-def wanted_files(args: argparse.Namespace) -> dict[str, str]:
-    """The exported files that a run needs, each with the script that writes it."""
-    from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
-
-    # The text encoder first: weights without one are refused in a moment.
-    files = {TEXT_ONNX: "clip_onnx_export", IMAGE_ONNX: "lseg_export", SIMILARITY_ONNX: "lseg_export"}
-    if args.text_onnx:
-        del files[TEXT_ONNX]
-    return files
-
-
-def open_backend(backend: str, args: argparse.Namespace, say: Callable[[str], object]) -> Runner:
-    """Opens the backend on exported files; under "auto", where TensorRT cannot be used, the next one with a note."""
-    from lseg.runner import EngineOptions, available_backends, open_runner
-
-    if backend != "torch":
-        export_missing(args)
-    engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
-    try:
-        return open_runner(backend, args.weights, args.onnx, args.text_onnx, engines)
-    except UserError as error:
-        others = [name for name in available_backends() if name != "tensorrt"]
-        if args.backend != "auto" or backend != "tensorrt" or not others:
-            raise
-        say(f"note: TensorRT is left out ({error})")
-        return open_runner(others[0], args.weights, args.onnx, args.text_onnx)
-
-
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
     """Makes the folder, proves that it can be written, and takes it away again if an error leaves it empty."""
@@ -254,21 +196,6 @@ def output_folder(path: Path) -> Iterator[None]:
             for folder in missing:
                 folder.rmdir()
         raise
-
-
-def export_missing(args: argparse.Namespace) -> None:
-    """Exports what is not there; this is the one step that needs torch."""
-    files = wanted_files(args)
-    wanted = {name: script for name, script in files.items() if args.re_export or not (args.onnx / name).exists()}
-    if wanted and not importlib.util.find_spec("torch"):
-        raise UserError(
-            f"{args.onnx / next(iter(wanted))} is to be exported, and torch is not installed: run './requirements.sh', "
-            "or bring the ONNX files from where they were exported"
-        )
-    options = [f"--weights={args.weights}", f"--output={args.onnx}", *(["--quiet"] if args.quiet else [])]
-    for name in dict.fromkeys(wanted.values()):
-        script = importlib.import_module(name)
-        script.main(script.parse_args(options))
 
 
 def progress(steps: Sequence) -> Iterator:

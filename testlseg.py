@@ -123,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict:
     from lseg.image import read_image, to_pixels
     from lseg.labels import parse_labels, read_labels_file
     from lseg.measure import Bench, Plan
+    from lseg.opening import Model, export_missing
     from lseg.report import FORMAT
     from lseg.tensorfile import sha256
     from lseg.tokenizer import Tokenizer
@@ -147,9 +148,7 @@ def measure(args: argparse.Namespace) -> dict:
         args.weights, args.onnx = random_weights(args.onnx / "random"), args.onnx / "random"
     digest = sha256(resolve(args.weights))
     if any(variant.backend != "torch" for variant in chosen):
-        import enginerun
-
-        enginerun.export_missing(enginerun.parse_args(["--weights", args.weights, "--onnx", str(args.onnx)]))
+        export_missing(Model(args.weights, args.onnx))
     config = model_config(args, digest)
     pixels = [to_pixels(photo, config["image_size"]) for photo in photos]
     files = [sha256(file) for pair in dataset.pairs for file in pair] if dataset else []

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from lseg import tensorfile
 from lseg.cuda import gpu_name
+from lseg.device_array import DeviceArray
 from lseg.errors import UserError
 from lseg.image import normalise
 from lseg.onnx_file import (
@@ -147,6 +148,11 @@ class OnnxRuntimeRunner:
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return self._embed(normalise(pixels)).numpy()
+
+    def embed(self, pixels: np.ndarray) -> DeviceArray:
+        value = self._embed(normalise(pixels))
+        gpu = None if value.device_name() == "cpu" else 0
+        return DeviceArray(value.data_ptr(), tuple(value.shape()), np.float32, value, gpu)
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         return segment_in_stages(pixels, text, self._embed, self._score)

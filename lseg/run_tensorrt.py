@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lseg.cuda import Buffer, Device, Graph, gpu_count
+from lseg.device_array import DeviceArray
 from lseg.engine import discard, engine_path, get_engine, import_tensorrt, provenance
 from lseg.errors import UserError
 from lseg.loaded_engine import Engine, EngineRefused, to_float32
@@ -107,6 +108,18 @@ class TensorRTRunner:
                 side = self.side
                 parts.append(to_float32(found).reshape(len(images), -1, side, side))
         return np.concatenate(parts)
+
+    def embed(self, pixels: np.ndarray) -> DeviceArray:
+        self._check(pixels)
+        if len(self._batches(pixels, 1)) > 1:
+            raise UserError("the 2-D form takes one image at a time: give one, or choose --matmul 4d")
+        with self._lock, self.device:
+            buffer, size = self._embed(pixels)
+        if buffer.dtype == np.uint16:
+            raise UserError("bfloat16 embeddings are not handed out: choose --precision fp16")
+        side = self.side
+        shape = (len(pixels), size // (len(pixels) * side * side), side, side)
+        return DeviceArray(buffer.address, shape, buffer.dtype, self)
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         self._check(pixels)

@@ -91,6 +91,9 @@ class TorchRunner:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return self._embed(normalise(pixels)).float().cpu().numpy()
 
+    def embed(self, pixels: np.ndarray) -> torch.Tensor:
+        return self._embed(normalise(pixels))
+
     @torch.inference_mode()
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         if self.pipeline is None or len(pixels) * len(text) > LABELS_A_PASS:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -86,6 +86,13 @@ class Runner(Protocol):
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """pixels uint8 [B, S, S, 3], RGB, to unit pixel embeddings float32 [B, D, S / 2, S / 2]."""
+        ...
+
+    def embed(self, pixels: np.ndarray) -> Any:
+        """`encode_image` without a copy: an array that DLPack takes, float32 or float16, where the network left it.
+
+        Another call of this runner may overwrite it.
+        """
         ...
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
