@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING
 from lseg.errors import Parser, UserError, run, short
 
 if TYPE_CHECKING:
-    from lseg.photos import Wanted
-    from lseg.runner import Timings
+    import numpy as np
+
+    from lseg.photos import Task, Wanted
+    from lseg.runner import Runner, Timings
+    from lseg.sources import Photo
     from lseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent
@@ -83,6 +86,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--save-scores", action="store_true", help="write every label's cosines too (float16 .npy)")
     more.add_argument("--jsonl", type=short, metavar="FILE", help="write each photo's labels as a line of JSON")
     more.add_argument("--rle", action="store_true", help="with --jsonl: masks too, in COCO's run-length encoding")
+    features = parser.add_argument_group("embeddings for mapping, in place of pictures")
+    features.add_argument("--features", type=short, metavar="OUT", help="a folder, or an .npy or .safetensors file")
+    features.add_argument("--stride", type=int, metavar="N", help="of every Nth pixel of every Nth row (default: 4)")
+    features.add_argument("--points", type=short, metavar="FILE", help="of these pixels: 'x y' a line, or an .npy")
+    features.add_argument("--regions", type=short, metavar="FILE", help="averaged over a mask's regions: PNG of ids")
+    video = parser.add_argument_group("videos, in place of photos")
+    video.add_argument("--video", metavar="SOURCE", help="a file, a URL, or a camera's number")
+    video.add_argument("--frames", type=int, metavar="N", help="end after N frames")
     parser.add_argument(
         "--unknown", type=float, metavar="T", help="leave pixels unlabelled whose best cosine is below T, -1 to 1"
     )
@@ -92,55 +103,172 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from lseg import errors
+    if args.video is not None:
+        return segment_a_video(args)
+    check_options(args)
+    return write_features_of(args) if args.features else segment_the_photos(args)
+
+
+def segment_the_photos(args: argparse.Namespace) -> int:
     from lseg.labels import label_dtype
-    from lseg.opening import Model, check_before_export, open_backend
     from lseg.photos import open_tasks, segment_photos
-    from lseg.runner import EngineOptions, Timings, choose_backend
+
+    wanted = what_is_wanted(args)
+    vocabulary, templates = read_texts(args)
+    label_dtype(len(vocabulary.labels.names))  # says so now if a label map cannot hold that many
+    photos, notes = find_photos(args)
+    for note in (*vocabulary.labels.notes, *notes):
+        speaker(args)(f"note: {note}")
+
+    def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:
+        text, kept = embed(args, vocabulary, templates, runner, timings)
+        return segment_photos(tasks, runner, text, vocabulary, wanted, timings, speaker(args)), kept
+
+    return run_photos(args, photos, open_tasks(photos, wanted), args.output, work)
+
+
+def write_features_of(args: argparse.Namespace) -> int:
+    from lseg.photo_features import FILES, STRIDE, FeatureFiles, write_photo_features
+
+    stride = STRIDE if args.stride is None else args.stride
+    wanted = FeatureFiles(args.features, stride, args.points, args.regions, args.resume)
+    photos, notes = find_photos(args)
+    tasks = wanted.tasks(photos)
+    for note in notes:
+        speaker(args)(f"note: {note}")
+    folder = args.features.parent if args.features.suffix.lower() in FILES else args.features
+
+    def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:
+        say = speaker(args)
+        return write_photo_features(tasks, runner, wanted, args.weights, timings, say, args.quiet), ""
+
+    return run_photos(args, photos, tasks, folder, work)
+
+
+def segment_a_video(args: argparse.Namespace) -> int:
+    from lseg.labels import label_dtype
+    from lseg.runner import Timings
+    from lseg.video import open_video
+    from lseg.video_files import VideoFiles, segment_to_files
+
+    if args.frames is not None and args.frames < 1:
+        raise UserError(f"--frames {args.frames} cannot be: give 1 or more")
+    for name in ("features", "jsonl", "resume", "save_scores"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for photos, not for --video: leave one out")
+    if args.photos != parse_args([]).photos:
+        raise UserError(f"--video and the photo {args.photos[0]} are two inputs: give one of them")
+    what_is_wanted(args)  # says so now if --unknown is no cosine
+    say = speaker(args)
+    vocabulary, templates = read_texts(args)
+    label_dtype(len(vocabulary.labels.names))
+    for note in vocabulary.labels.notes:
+        say(f"note: {note}")
+    video, timings = open_video(args.video), Timings()
+    with output_folder(args.output), open_runner(args, []) as runner:
+        text, _ = embed(args, vocabulary, templates, runner, timings)
+        files = VideoFiles(args.output, args.inference, args.unknown, args.save_labels, args.frames, args.quiet)
+        segment_to_files(video, runner, text, vocabulary, files, say)
+    return 0
+
+
+def speaker(args: argparse.Namespace) -> Callable[[str], object]:
+    """What takes the lines for the user."""
+    from lseg import errors
+
+    return (lambda _: None) if args.quiet else errors.say
+
+
+def read_texts(args: argparse.Namespace) -> tuple[Vocabulary, list[str]]:
+    """The labels and the templates, each text of which CLIP takes."""
+    from lseg.tokenizer import Tokenizer
+    from lseg.vocabulary import load_templates
+
+    vocabulary, templates = read_labels(args), load_templates(args.templates)
+    longest = max(templates, key=len)
+    Tokenizer()([longest.replace("{}", text) for text in vocabulary.texts])  # says so now if one is too long
+    return vocabulary, templates
+
+
+def find_photos(args: argparse.Namespace) -> tuple[list[Photo], list[str]]:
     from lseg.sources import list_photos
+
+    return list_photos(args.photos)
+
+
+def embed(
+    args: argparse.Namespace, vocabulary: Vocabulary, templates: list[str], runner: Runner, timings: Timings
+) -> tuple[np.ndarray, str]:
+    """The texts' embeddings, float32 [T, D], and words on how many were kept from earlier runs."""
     from lseg.text_cache import FILE, TextCache
     from lseg.tokenizer import Tokenizer
-    from lseg.vocabulary import embed_texts, load_templates
+    from lseg.vocabulary import embed_texts
 
-    say = (lambda *_: None) if args.quiet else errors.say
-    wanted = what_is_wanted(args)
-    vocabulary = read_labels(args)
-    labels, texts = vocabulary.labels, vocabulary.texts
-    label_dtype(len(labels.names))  # says so now if a label map cannot hold that many
-    templates = load_templates(args.templates)
-    tokenize, longest = Tokenizer(), max(templates, key=len)
-    tokenize([longest.replace("{}", text) for text in texts])  # says so now if one is too long for CLIP
-    photos, notes = list_photos(args.photos)
+    texts, bar = vocabulary.texts, iter if args.quiet else progress
+    cache = TextCache(args.onnx / FILE, runner.text_encoder)
+    tokenize = Tokenizer()
+    text = timings.measure(
+        "encode_text", lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, bar)
+    )
+    return text, f" ({cache.found} of {len(texts)} kept)" if cache.found else ""
+
+
+@contextmanager
+def open_runner(args: argparse.Namespace, photos: list[Photo]) -> Iterator[Runner]:
+    """The backend, open, told of in a line; what is missing of its files is made first."""
+    from lseg.opening import Model, check_before_export, open_backend
+    from lseg.runner import EngineOptions, choose_backend
+
+    say = speaker(args)
     model = Model(args.weights, args.onnx, args.text_onnx, args.re_export, args.quiet)
     if choose_backend(args.backend) != "torch":
         check_before_export(model, photos)
-    for note in (*labels.notes, *notes):
-        say(f"note: {note}")
-    tasks = open_tasks(photos, wanted)
+    engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
+    with open_backend(args.backend, model, engines, say) as runner:
+        about = "demo (they know street scenes; see the README for the official ones)"
+        say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
+        yield runner
+
+
+def run_photos(
+    args: argparse.Namespace,
+    photos: list[Photo],
+    tasks: list[Task],
+    folder: Path,
+    work: Callable[[list[Task], Runner, Timings], tuple[int, str]],
+) -> int:
+    """Opens the backend, does the work, and tells how long it took; returns the exit status."""
+    from lseg.runner import Timings
+
+    say, timings = speaker(args), Timings()
     if len(tasks) < len(photos):
         say(f"note: {len(photos) - len(tasks)} of {len(photos)} photos are done already")
     if not tasks:
         return 0
-    with output_folder(args.output):
-        engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
-        with open_backend(args.backend, model, engines, say) as runner:
-            about = "demo (they know street scenes; see the README for the official ones)"
-            say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
-            timings = Timings()
-            cache = TextCache(args.onnx / FILE, runner.text_encoder)
-            bar = iter if args.quiet else progress
-            text = timings.measure(
-                "encode_text", lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, bar)
-            )
-            start = time.perf_counter()
-            bad = segment_photos(tasks, runner, text, vocabulary, wanted, timings, say)
-            seconds = time.perf_counter() - start
-    say(report(timings, len(tasks) - bad, f" ({cache.found} of {len(texts)} kept)" if cache.found else ""))
+    with output_folder(folder), open_runner(args, photos) as runner:
+        start = time.perf_counter()
+        bad, kept = work(tasks, runner, timings)
+        seconds = time.perf_counter() - start
+    say(report(timings, len(tasks) - bad, kept))
     if len(tasks) > 1:
         say(f"{len(tasks) - bad} photos in {seconds:.1f} s, {(len(tasks) - bad) / seconds:.2f} a second")
     if bad:
         print(f"error: {bad} of {len(tasks)} photos could not be read and are left out: see above", file=sys.stderr)
     return 2 if bad else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    if args.frames is not None:
+        raise UserError("--frames is for --video: name that too")
+    for name in ("stride", "points", "regions"):
+        if getattr(args, name) is not None and not args.features:
+            raise UserError(f"--{name} is for --features: name that too")
+    for name in ("save_labels", "save_scores", "jsonl"):
+        if args.features and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for pictures, and --features makes none: leave one out")
+    if args.features and args.inference != "whole":
+        raise UserError(f"--features is for photos seen whole, not --inference {args.inference}: leave one out")
 
 
 def what_is_wanted(args: argparse.Namespace) -> Wanted:

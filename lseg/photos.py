@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -100,10 +100,6 @@ def segment_photos(
     colours = palette(names)
     best = wanted.unknown is not None or wanted.lines is not None
 
-    def load(task: Task) -> tuple[np.ndarray, Timings]:
-        taken = Timings()
-        return taken.measure("decode", lambda: decode_image(task[0].read(), task[0].shown)), taken
-
     def work(_: object, loaded: tuple[np.ndarray, Timings]) -> Made:
         photo, taken = loaded
         labels, cosines = label_photo(runner, photo, text, wanted.inference, taken, best)
@@ -135,10 +131,40 @@ def segment_photos(
             line = describe(task[0].shown, made.labels, made.cosines, names, wanted.rle) | {"picture": str(picture)}
         return picture, line, made.taken
 
+    with JsonLines(wanted.lines, more=wanted.resume) as lines:
+        return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet)
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    work: Callable[[Task, tuple[np.ndarray, Timings]], Any],
+    store: Callable[[Task, Any], tuple[Path, Any, Timings]],
+    finish: Callable[[Any], object],
+    timings: Timings,
+    say: Callable[[str], object],
+    quiet: bool = False,
+) -> int:
+    """Decodes photos, does `work` with each, stores what it gives, and tells of it; returns how many were bad.
+
+    Args:
+        tasks: the photos.
+        work: called here, in turn, with each photo, uint8 [H, W, 3], and its timings.
+        store: called in threads with what `work` gave; gives a path to tell of, what `finish` takes, and the timings.
+        finish: called here after each photo is stored.
+        timings: to which each photo's are added.
+        say: takes the lines for the user.
+        quiet: no progress bar.
+
+    Raises:
+        UserError: none of the photos could be read; or whatever `work`, `store` and `finish` raise.
+    """
+
+    def load(task: Task) -> tuple[np.ndarray, Timings]:
+        taken = Timings()
+        return taken.measure("decode", lambda: decode_image(task[0].read(), task[0].shown)), taken
+
     bad = 0
-    silent = wanted.quiet or len(tasks) == 1
-    bar = tqdm(total=len(tasks), unit="photo", disable=True if silent else None)
-    with bar, JsonLines(wanted.lines, more=wanted.resume) as lines:
+    with tqdm(total=len(tasks), unit="photo", disable=True if quiet or len(tasks) == 1 else None) as bar:
         shown = len(tasks) <= MANY or bar.disable
         for (photo, _), result in overlapped(tasks, load, work, store):
             bar.update()
@@ -149,11 +175,11 @@ def segment_photos(
                     bad += 1
                     print(f"error: {result}", file=sys.stderr)
                     continue
-                picture, line, taken = result
-                lines.write(line)
+                path, found, taken = result
+                finish(found)
                 timings.add(taken)
                 if shown:
-                    say(f"{photo.shown} -> {picture}")
+                    say(f"{photo.shown} -> {path}")
     if bad == len(tasks):
         raise UserError(f"none of the {bad} photos could be read: see above")
     return bad

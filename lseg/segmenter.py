@@ -1,0 +1,149 @@
+"""LSeg for programs: photos and words in, label maps or pixel embeddings out, on whatever the machine has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lseg.errors import UserError
+from lseg.features import Features
+from lseg.image import read_image, to_pixels
+from lseg.inference import label_photo
+from lseg.labels import parse_labels
+from lseg.opening import ROOT, Model, open_backend
+from lseg.runner import EngineOptions
+from lseg.text_cache import FILE, TextCache
+from lseg.tokenizer import Tokenizer
+from lseg.vocabulary import embed_texts, load_templates
+
+
+class LabelMap(NamedTuple):
+    """A photo's labels at its own size."""
+
+    labels: np.ndarray  # integers [H, W], indices of the words
+    cosines: np.ndarray  # float32 [H, W], of each pixel with its word
+
+
+class Segmenter:
+    """LSeg with one backend open. Use as a context manager, or close it; threads may share one.
+
+        from lseg import Segmenter
+
+        with Segmenter() as lseg:
+            found = lseg.segment("street.jpg", ["car", "road", "sky", "other"])
+            vectors = lseg.features("street.jpg").at([(320, 240)])
+
+    Words' embeddings are kept, in memory and beside the exported files. What is missing of these is exported first.
+
+    Args:
+        weights: "demo", demo_e200.ckpt, or a state dict (.pt, .safetensors).
+        backend: "auto" (TensorRT, ONNX Runtime, PyTorch: the first that the machine has), or one of them.
+        onnx: folder of the exported files.
+        engines: folder of TensorRT's engines.
+        precision: of TensorRT: "fp32", "tf32", "fp16" or "bf16".
+        matmul: TensorRT's form of attention's products: "4d", "3d" or "2d".
+        text_onnx: another CLIP text encoder as ONNX.
+        say: takes the lines that tell of exports and of engines that are built; none are told by default.
+
+    Raises:
+        UserError: what is missing or does not fit, in one sentence.
+    """
+
+    def __init__(
+        self,
+        weights: str = "demo",
+        backend: str = "auto",
+        *,
+        onnx: str | Path = ROOT / "onnx",
+        engines: str | Path = ROOT / "engines",
+        precision: str = "fp16",
+        matmul: str | None = None,
+        text_onnx: str | Path | None = None,
+        say: Callable[[str], object] | None = None,
+    ):
+        model = Model(str(weights), Path(onnx), Path(text_onnx) if text_onnx else None, quiet=say is None)
+        say = say or (lambda _: None)
+        self.runner = open_backend(backend, model, EngineOptions(Path(engines), precision, matmul, say=say), say)
+        self._cache = TextCache(Path(onnx) / FILE, self.runner.text_encoder)
+        self._tokenize = Tokenizer()
+        self._texts: dict[tuple[str, ...], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def embed(self, words: Sequence[str], templates: str = "none") -> np.ndarray:
+        """Words' unit embeddings, float32 [N, D].
+
+        Args:
+            words: N of them, each a word or a phrase.
+            templates: prompts whose embeddings are averaged: "none", "clip", or a file with one a line.
+
+        Raises:
+            UserError: a word is too long for CLIP, or the templates cannot be read.
+        """
+        if isinstance(words, str):
+            raise UserError(f"the words are one string: give a list, such as {list(parse_labels(words).names)!r}")
+        key = (templates, *words)
+        with self._lock:
+            if key not in self._texts:
+                prompts = load_templates(templates)
+                self._texts[key] = embed_texts(
+                    list(words), prompts, self.runner.encode_text, self._cache, self._tokenize
+                )
+            return self._texts[key]
+
+    def segment(
+        self, photo: str | Path | np.ndarray, words: Sequence[str] | np.ndarray, inference: str = "whole"
+    ) -> LabelMap:
+        """Each pixel's nearest word.
+
+        Args:
+            photo: a file, or uint8 [H, W, 3], RGB.
+            words: N words, or their embeddings, float32 [N, D], unit length.
+            inference: "whole", "window" or "multiscale": see the README.
+
+        Raises:
+            UserError: the photo cannot be read, or there is no such mode.
+        """
+        text = words if isinstance(words, np.ndarray) else self.embed(words)
+        if text.ndim != 2 or len(text) == 0:
+            raise UserError(f"embeddings of shape {list(text.shape)} do not fit: give [N, D]")
+        return LabelMap(*label_photo(self.runner, _pixels(photo), text.astype(np.float32, copy=False), inference))
+
+    def features(self, photo: str | Path | np.ndarray) -> Features:
+        """A photo's pixel embeddings, in host memory: see `lseg.features.Features` for what it gives.
+
+        Args:
+            photo: a file, or uint8 [H, W, 3], RGB.
+        """
+        image = _pixels(photo)
+        grid = self.runner.encode_image(to_pixels(image, self.runner.image_size)[None])[0]
+        return Features(grid, self.runner.image_size, *image.shape[:2])
+
+    def features_on_device(self, photo: str | Path | np.ndarray) -> Any:
+        """The same, [1, D, G, G], where the network left it: nothing is copied, and the next call may overwrite it.
+
+        Returns:
+            a PyTorch tensor, or an array that `torch.from_dlpack`, `cupy.asarray` and their like take; float32, or
+            float16 from TensorRT in fp16.
+        """
+        return self.runner.embed(to_pixels(_pixels(photo), self.runner.image_size)[None])
+
+    def close(self) -> None:
+        self.runner.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pixels(photo: str | Path | np.ndarray) -> np.ndarray:
+    if not isinstance(photo, np.ndarray):
+        return read_image(photo)
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
+        raise UserError(f"a photo of {photo.dtype} {list(photo.shape)} does not fit: give uint8 [H, W, 3], RGB")
+    return photo

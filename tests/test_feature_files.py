@@ -1,0 +1,107 @@
+"""`enginerun.py --features`, and asking what it wrote with new words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from test_enginerun import names, save
+
+from lseg import Segmenter
+from lseg.features import query, read_features
+from lseg.image import read_image
+
+
+@pytest.fixture
+def photo(tmp_path, seed) -> Path:
+    return save(tmp_path / "photo.png", seed)
+
+
+def test_of_a_folder(tiny, tmp_path, segment, seed):
+    """Of each photo, in the folder's tree, every fourth pixel; a bad one is left out; --resume does no work twice."""
+    for index, name in enumerate(("a.png", "deep/b.png", "deep/c.png")):
+        save(tmp_path / "in" / name, seed + index)
+    (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
+    out = tmp_path / "features"
+    code, _, err = segment(tmp_path / "in", "--features", out)
+    assert code == 2 and "bad.png" in err[0] and len(err) == 2
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*.safetensors"))
+    assert files == ["a_features.safetensors", "deep/b_features.safetensors", "deep/c_features.safetensors"]
+    arrays, about = read_features(out / files[1])
+    with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder) as lseg:
+        wanted = lseg.features(tmp_path / "in" / "deep" / "b.png").strided(4)
+    assert np.array_equal(arrays["features"], wanted) and wanted.shape[:2] == (18, 23)
+    assert (about["size"], about["stride"]) == ([90, 70], 4) and about["photo"].endswith("deep/b.png")
+    (tmp_path / "in" / "bad.png").unlink()
+    code, lines, _ = segment(tmp_path / "in", "--features", out, "--resume")
+    assert (code, lines) == (0, ["note: 3 of 3 photos are done already"])
+
+
+def test_a_map_asked_with_new_words(tiny, photo, tmp_path, segment):
+    """What the README's example does: the stored features of a photo, and words thought of later."""
+    assert segment(photo, "--features", tmp_path / "map.npy", "--stride", 1)[0] == 0
+    stored = read_features(tmp_path / "map.npy")[0]["features"]
+    with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder) as lseg:
+        words = ["chair", "door", "window"]
+        labels, cosines = query(stored, lseg.embed(words))
+        found = lseg.segment(photo, words)
+    assert (labels == found.labels).mean() > 0.98 and np.abs(cosines - found.cosines).max() < 5e-2
+    assert names(tmp_path) == ["map.json", "map.npy", "photo.png"]
+
+
+def test_points_and_regions(tiny, photo, tmp_path, segment, seed):
+    rng = np.random.default_rng(seed)
+    points = np.stack([rng.integers(0, 90, 7), rng.integers(0, 70, 7)], axis=1)
+    (tmp_path / "points.txt").write_text("# x y\n" + "\n".join(f"{x} {y}" for x, y in points))
+    mask = rng.integers(0, 4, (7, 9), dtype=np.uint8).repeat(10, axis=0).repeat(10, axis=1)
+    cv2.imwrite(str(tmp_path / "mask.png"), mask)
+    at, over = tmp_path / "at.safetensors", tmp_path / "over.safetensors"
+    assert segment(photo, "--features", at, "--points", tmp_path / "points.txt")[0] == 0
+    assert segment(photo, "--features", over, "--regions", tmp_path / "mask.png")[0] == 0
+    with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder) as lseg:
+        features = lseg.features(read_image(photo))
+    arrays, about = read_features(at)
+    assert np.array_equal(arrays["features"], features.at(points)) and about["points"] == points.tolist()
+    arrays, _ = read_features(over)
+    ids, vectors, pixels = features.regions(mask)
+    assert np.array_equal(arrays["features"], vectors) and arrays["ids"].tolist() == ids.tolist()
+    assert arrays["pixels"].tolist() == pixels.tolist() == [int((mask == i).sum()) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stride", "0", "--features", "x"], "--stride 0 cannot be: give 1 or more"),
+        (["--stride", "2"], "--stride is for --features: name that too"),
+        (["--points", "p"], "--points is for --features: name that too"),
+        (["--frames", "3"], "--frames is for --video: name that too"),
+        (
+            ["--features", "x", "--points", "p", "--regions", "m"],
+            "--points and --regions ask for two kinds of features",
+        ),
+        (["--features", "x", "--points", "p"], "p cannot be read"),
+        (
+            ["--features", "x", "--save-labels"],
+            "--save-labels is for pictures, and --features makes none: leave one out",
+        ),
+        (["--features", "x", "--inference", "window"], "--features is for photos seen whole, not --inference window"),
+        (["--features", "x.npy", "--regions", "mask.png"], "x.npy: regions have ids too, so give a name that ends in"),
+        (["other.png", "--features", "x.npy"], "x.npy is one file for 2 photos: name a folder"),
+    ],
+)
+def test_what_cannot_be(photo, tmp_path, segment, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite("mask.png", np.ones((70, 90), np.uint8))
+    save(tmp_path / "other.png", 1)
+    code, lines, err = segment("photo.png", *options)
+    assert (code, lines) == (2, []) and err[0].startswith(f"error: {message}") and len(err) == 1
+    assert names(tmp_path) == ["mask.png", "other.png", "photo.png"]
+
+
+def test_a_point_outside(photo, tmp_path, segment):
+    (tmp_path / "p.txt").write_text("3 4\n90 0\n")
+    code, _, err = segment(photo, "--features", tmp_path / "f.npy", "--points", tmp_path / "p.txt")
+    assert code == 2 and "(90, 0) is outside the photo of 90 x 70 pixels" in err[0] and len(err) == 1
+    assert not (tmp_path / "f.npy").exists()

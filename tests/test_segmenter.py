@@ -1,0 +1,141 @@
+"""The Python API: `from lseg import Segmenter`."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_enginerun import LABELS, save
+
+from lseg import Segmenter
+from lseg.device_array import DeviceArray, _exported
+from lseg.errors import UserError
+from lseg.image import labels_to_photo, read_image, to_pixels
+from lseg.run_torch import TorchRunner
+from lseg.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def photo(tmp_path, seed) -> Path:
+    return save(tmp_path / "photo.jpg", seed)
+
+
+@pytest.fixture(params=["onnxruntime", "torch"])
+def lseg(request, tiny):
+    with Segmenter(tiny.weights, request.param, onnx=tiny.folder) as segmenter:
+        yield segmenter
+
+
+class TestSegmenter:
+    def test_label_map(self, lseg, tiny, photo):
+        found = lseg.segment(photo, LABELS)
+        image = read_image(photo)
+        with TorchRunner(tiny.weights) as runner:
+            result = runner.segment(to_pixels(image, 64)[None], runner.encode_text(Tokenizer()(LABELS)), best=True)
+        assert (found.labels == labels_to_photo(result.labels[0], 90, 70)).mean() > 0.999
+        assert np.abs(found.cosines - labels_to_photo(result.best[0], 90, 70)).max() < 1e-4
+        again = lseg.segment(image, lseg.embed(LABELS))  # an array, and embeddings in place of words
+        assert np.array_equal(again.labels, found.labels)
+        assert lseg.segment(image, ["cat"]).labels.max() == 0  # nothing is added to what a program asks for
+        assert lseg.segment(image, LABELS, "window").labels.shape == (70, 90)
+
+    def test_words_are_embedded_once(self, lseg, monkeypatch):
+        first = lseg.embed(LABELS)
+        assert np.abs(np.linalg.norm(first, axis=1) - 1).max() < 1e-5
+        monkeypatch.setattr(lseg.runner, "encode_text", None)  # calling it would fail
+        assert lseg.embed(LABELS) is first
+        assert np.abs(lseg.embed(["sky"]) - first[0]).max() < 1e-6  # kept on disk, by word
+
+    def test_features(self, lseg, photo):
+        """The stored map, asked with new words, gives the label map."""
+        image, words = read_image(photo), ["cat", "dog", "sky"]
+        stored = lseg.features(image).strided(1)
+        assert (stored.shape, stored.dtype) == ((*image.shape[:2], lseg.embed(words).shape[1]), np.float16)
+        asked = (stored.astype(np.float32) @ lseg.embed(words).T).argmax(axis=2)
+        assert (asked == lseg.segment(image, words).labels).mean() > 0.98  # float16, and random weights
+        assert np.array_equal(lseg.features(photo).at([(3, 5)])[0], stored[5, 3])
+
+    def test_without_a_copy(self, lseg, photo):
+        array = lseg.features_on_device(photo)
+        taken = torch.from_dlpack(array) if not isinstance(array, torch.Tensor) else array
+        wanted = lseg.runner.encode_image(to_pixels(read_image(photo), 64)[None])
+        assert taken.shape == wanted.shape and np.abs(taken.numpy() - wanted).max() < 1e-6
+        if isinstance(array, DeviceArray):
+            assert taken.data_ptr() == array.address
+
+    def test_threads_share_one(self, lseg, tmp_path, seed):
+        images = [read_image(save(tmp_path / f"{i}.png", seed + i)) for i in range(4)]
+        alone = [lseg.segment(image, LABELS).labels for image in images]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: lseg.segment(images[i % 4], LABELS).labels, range(40)))
+        assert all(np.array_equal(found[i], alone[i % 4]) for i in range(40))
+
+    def test_what_cannot_be(self, lseg, photo):
+        with pytest.raises(UserError, match=r"one string: give a list, such as \['cat', 'dog'\]"):
+            lseg.segment(photo, "cat, dog")
+        with pytest.raises(UserError, match=r"a photo of float64 \[3, 3, 3\] does not fit: give uint8"):
+            lseg.segment(np.zeros((3, 3, 3)), LABELS)
+        with pytest.raises(UserError, match="none.jpg"):
+            lseg.features("none.jpg")
+        with pytest.raises(UserError, match="'wide' is no inference mode"):
+            lseg.segment(photo, LABELS, "wide")
+        with pytest.raises(UserError, match=r"shape \[0, 32\] do not fit"):
+            lseg.segment(photo, np.zeros((0, 32), np.float32))
+
+    def test_the_import_is_light(self):
+        """`import lseg` brings no library that the scripts' --help would wait for."""
+        code = "import sys, lseg; print([m for m in ('numpy', 'cv2', 'torch', 'onnxruntime') if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert result.stdout.strip() == "[]"
+
+
+class TestDeviceArray:
+    """On host memory, which NumPy takes by the same capsules as GPU memory."""
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8, np.int32])
+    def test_what_takes_it(self, seed, dtype):
+        values = np.random.default_rng(seed).integers(0, 200, (2, 3, 5)).astype(dtype)
+        array = DeviceArray(values.ctypes.data, values.shape, dtype, values, gpu=None)
+        before = len(_exported)
+        for take in (np.from_dlpack, torch.from_dlpack):
+            taken = take(array)
+            assert np.array_equal(np.asarray(taken), values)
+            values[0, 0, 0] += 1
+            assert np.asarray(taken)[0, 0, 0] == values[0, 0, 0]  # the same memory
+            assert len(_exported) == before + 1
+            del taken
+            gc.collect()
+            assert len(_exported) == before
+        capsule = array.__dlpack__()  # nobody takes it
+        del capsule
+        gc.collect()
+        assert len(_exported) == before
+
+    def test_the_owner_lives_as_long_as_the_consumer(self, seed):
+        values = np.random.default_rng(seed).random((100, 100))
+        wanted = values.astype(np.float32)
+        owner = wanted.copy()
+        taken = torch.from_dlpack(DeviceArray(owner.ctypes.data, owner.shape, owner.dtype, owner, gpu=None))
+        del owner
+        gc.collect()
+        np.full((100, 100), -1, np.float32)  # would reuse freed memory
+        assert np.array_equal(taken.numpy(), wanted)
+
+    def test_the_cuda_interface(self):
+        array = DeviceArray(4096, (1, 2, 3), np.float16, None, gpu=1)
+        wanted = {"shape": (1, 2, 3), "typestr": "<f2", "data": (4096, False), "version": 3}
+        assert array.__cuda_array_interface__ == wanted
+        assert array.__dlpack_device__() == (2, 1) and array.nbytes == 12
+        host = DeviceArray(4096, (1,), np.float16, None, gpu=None)
+        assert not hasattr(host, "__cuda_array_interface__") and host.__dlpack_device__() == (1, 0)
+        for options in ({"copy": True}, {"dl_device": (1, 0)}):
+            with pytest.raises(BufferError, match="without a copy"):
+                array.__dlpack__(**options)
