@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--rle", action="store_true", help="with --jsonl: masks too, in COCO's run-length encoding")
     features = parser.add_argument_group("embeddings for mapping, in place of pictures")
     features.add_argument("--features", type=short, metavar="OUT", help="a folder, or an .npy or .safetensors file")
-    features.add_argument("--stride", type=int, metavar="N", help="of every Nth pixel of every Nth row (default: 4)")
+    features.add_argument("--stride", type=int, metavar="N", help="of every Nth pixel (default: the network's grid)")
     features.add_argument("--points", type=short, metavar="FILE", help="of these pixels: 'x y' a line, or an .npy")
     features.add_argument("--regions", type=short, metavar="FILE", help="averaged over a mask's regions: PNG of ids")
     video = parser.add_argument_group("videos, in place of photos")
@@ -103,9 +103,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from lseg.options import check_options
+
+    check_options(args, parse_args([]))
     if args.video is not None:
         return segment_a_video(args)
-    check_options(args)
     return write_features_of(args) if args.features else segment_the_photos(args)
 
 
@@ -128,10 +130,9 @@ def segment_the_photos(args: argparse.Namespace) -> int:
 
 
 def write_features_of(args: argparse.Namespace) -> int:
-    from lseg.photo_features import FILES, STRIDE, FeatureFiles, write_photo_features
+    from lseg.photo_features import FILES, FeatureFiles, write_photo_features
 
-    stride = STRIDE if args.stride is None else args.stride
-    wanted = FeatureFiles(args.features, stride, args.points, args.regions, args.resume)
+    wanted = FeatureFiles(args.features, args.stride, args.points, args.regions, args.resume)
     photos, notes = find_photos(args)
     tasks = wanted.tasks(photos)
     for note in notes:
@@ -151,21 +152,16 @@ def segment_a_video(args: argparse.Namespace) -> int:
     from lseg.video import open_video
     from lseg.video_files import VideoFiles, segment_to_files
 
-    if args.frames is not None and args.frames < 1:
-        raise UserError(f"--frames {args.frames} cannot be: give 1 or more")
-    for name in ("features", "jsonl", "resume", "save_scores"):
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for photos, not for --video: leave one out")
-    if args.photos != parse_args([]).photos:
-        raise UserError(f"--video and the photo {args.photos[0]} are two inputs: give one of them")
     what_is_wanted(args)  # says so now if --unknown is no cosine
     say = speaker(args)
     vocabulary, templates = read_texts(args)
     label_dtype(len(vocabulary.labels.names))
     for note in vocabulary.labels.notes:
         say(f"note: {note}")
-    video, timings = open_video(args.video), Timings()
+    timings, live = Timings(), "://" in args.video or args.video.isdecimal()
+    video = None if live else open_video(args.video)
     with output_folder(args.output), open_runner(args, []) as runner:
+        video = video or open_video(args.video)  # frames that come by the clock are not to wait for the engines
         text, _ = embed(args, vocabulary, templates, runner, timings)
         files = VideoFiles(args.output, args.inference, args.unknown, args.save_labels, args.frames, args.quiet)
         segment_to_files(video, runner, text, vocabulary, files, say)
@@ -245,7 +241,8 @@ def run_photos(
         say(f"note: {len(photos) - len(tasks)} of {len(photos)} photos are done already")
     if not tasks:
         return 0
-    with output_folder(folder), open_runner(args, photos) as runner:
+    lines = output_folder(args.jsonl.parent) if args.jsonl else nullcontext()
+    with output_folder(folder), lines, open_runner(args, photos) as runner:
         start = time.perf_counter()
         bad, kept = work(tasks, runner, timings)
         seconds = time.perf_counter() - start
@@ -255,20 +252,6 @@ def run_photos(
     if bad:
         print(f"error: {bad} of {len(tasks)} photos could not be read and are left out: see above", file=sys.stderr)
     return 2 if bad else 0
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Refuses options that would have no effect."""
-    if args.frames is not None:
-        raise UserError("--frames is for --video: name that too")
-    for name in ("stride", "points", "regions"):
-        if getattr(args, name) is not None and not args.features:
-            raise UserError(f"--{name} is for --features: name that too")
-    for name in ("save_labels", "save_scores", "jsonl"):
-        if args.features and getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for pictures, and --features makes none: leave one out")
-    if args.features and args.inference != "whole":
-        raise UserError(f"--features is for photos seen whole, not --inference {args.inference}: leave one out")
 
 
 def what_is_wanted(args: argparse.Namespace) -> Wanted:
@@ -283,8 +266,6 @@ def what_is_wanted(args: argparse.Namespace) -> Wanted:
         raise UserError("--rle needs pycocotools, which is not installed: run './requirements.sh'")
     if args.save_scores and args.inference != "whole":
         raise UserError(f"--save-scores is for photos seen whole, not --inference {args.inference}: leave one out")
-    if args.jsonl and args.jsonl.is_dir():
-        raise UserError(f"{args.jsonl} is a folder: name a file in it")
     return Wanted(
         output=args.output,
         inference=args.inference,

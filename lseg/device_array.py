@@ -72,7 +72,8 @@ class DeviceArray:
         address: of its first element.
         shape: its sizes.
         dtype: integers, float16 or float32.
-        owner: kept alive as long as this is, and as long as what took it by DLPack.
+        owner: the object kept alive as long as this is, and as long as what took it by DLPack. If it frees the memory
+            earlier, as a runner does that is closed, the array must not be used any more.
         gpu: the GPU's number.
     """
 

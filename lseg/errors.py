@@ -64,6 +64,9 @@ def run(main: Callable[[], int | None]) -> None:
         what = f"{error.filename}: " if error.filename else ""
         print(f"error: {what}{error.strerror or error}; mend that and try again", file=sys.stderr)
         status = 2
+    except MemoryError as error:
+        print(f"error: not enough memory ({str(error)[:120]}); ask for less at a time", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("\nerror: interrupted; what was finished before stays", file=sys.stderr)
         status = 130

@@ -147,8 +147,8 @@ def query(features: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def write_features(path: str | Path, arrays: dict[str, np.ndarray], about: dict[str, object]) -> None:
     """Writes arrays with what is to be known about them (values that JSON holds), whole or not at all.
 
-    NAME.npy takes one array, "features"; `about` goes into NAME.json. NAME.safetensors takes any; `about` becomes its
-    metadata, each value as JSON.
+    NAME.npy takes one array, "features"; `about` goes into NAME.npy.json. NAME.safetensors takes any; `about` becomes
+    its metadata, each value as JSON.
     """
     path = Path(path)
     if _suffix(path) == ".safetensors":
@@ -162,14 +162,14 @@ def write_features(path: str | Path, arrays: dict[str, np.ndarray], about: dict[
     file = io.BytesIO()
     np.save(file, arrays["features"], allow_pickle=False)
     text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
-    write_files({path: file.getvalue(), path.with_suffix(".json"): text.encode("utf-8", "backslashreplace")})
+    write_files({path: file.getvalue(), path.with_name(f"{path.name}.json"): text.encode("utf-8", "backslashreplace")})
 
 
 def read_features(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """The arrays and `about` that `write_features` wrote."""
     path = Path(path)
     if _suffix(path) == ".npy":
-        beside = path.with_suffix(".json")
+        beside = path.with_name(f"{path.name}.json")
         features = _load(path)
         with _reading(beside, f"copy it along with {path.name}, or write both again"):
             return {"features": features}, {**json.loads(beside.read_bytes())}

@@ -16,8 +16,10 @@ from lseg.photos import Task, run_tasks
 from lseg.runner import Runner, Timings
 from lseg.sources import FEATURES, Photo, output_names
 
-STRIDE = 4  # of pixels, unless points or regions are asked for: 64 MB for 640 x 480
 FILES = (".npy", ".safetensors")
+OTHER_FILES = (".npz", ".pt", ".pth", ".json", ".txt", ".h5", ".png", ".bin")  # what is no folder's name either
+DIMENSION = 512  # of an embedding
+LARGEST = 4 << 30  # bytes of one photo's features
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,15 @@ class FeatureFiles:
 
     Attributes:
         output: a file that ends in .npy or .safetensors, for one photo; or a folder, for NAME_features.safetensors.
-        stride: pixels from one to the next, along rows and columns.
+        stride: pixels from one to the next, along rows and columns; None: as few as give no more than the network's
+            own grid has along the longer side.
         points: file of "x y" lines, or None.
         regions: file of a mask of the photos' size, or None.
         resume: leave out photos whose files are there.
     """
 
     output: Path
-    stride: int = STRIDE
+    stride: int | None = None
     points: Path | None = None
     regions: Path | None = None
     resume: bool = False
@@ -44,14 +47,23 @@ class FeatureFiles:
         Raises:
             UserError: one file is named for several photos, or the stride, points or mask cannot be used.
         """
-        if self.stride < 1:
+        if self.stride is not None and self.stride < 1:
             raise UserError(f"--stride {self.stride} cannot be: give 1 or more")
         if self.points and self.regions:
             raise UserError("--points and --regions ask for two kinds of features: give one of them")
+        if self.stride is not None and (self.points or self.regions):
+            raise UserError("--stride has no meaning beside --points or --regions: leave it out")
         self.wishes()
+        if self.output.suffix.lower() in OTHER_FILES and not self.output.is_dir():
+            raise UserError(f"{self.output}: name a .npy or .safetensors file, or a folder")
         if self.output.suffix.lower() in FILES:
             if len(photos) > 1:
                 raise UserError(f"{self.output} is one file for {len(photos)} photos: name a folder")
+            if self.output.is_dir():
+                raise UserError(f"{self.output} is a folder: name a file in it")
+            for other in (self.points, self.regions):
+                if other and other.exists() and self.output.exists() and self.output.samefile(other):
+                    raise UserError(f"{self.output} is read and would be written: choose another --features")
             if self.regions and self.output.suffix.lower() == ".npy":
                 raise UserError(f"{self.output}: regions have ids too, so give a name that ends in .safetensors")
             tasks = [(photos[0], self.output)]
@@ -64,6 +76,8 @@ class FeatureFiles:
     def wishes(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The points and the mask."""
         points = read_points(self.points) if self.points else None
+        if points is not None and not len(points):
+            raise UserError(f"{self.points} holds no point: write x and y of one a line")
         return points, read_region_mask(self.regions) if self.regions else None
 
 
@@ -78,11 +92,31 @@ def write_photo_features(
 ) -> int:
     """Writes each photo's embeddings; returns how many photos could not be read.
 
+    A photo that the points or the mask do not fit counts as one that cannot be used.
+
     Raises:
-        UserError: no photo could be read, a point lies outside its photo, the mask is of another size, or a file cannot
-            be written.
+        UserError: no photo could be used, or a file cannot be written.
     """
     points, mask = wanted.wishes()
+    side = runner.image_size // 2
+
+    def stride_for(height: int, width: int) -> int:
+        return wanted.stride or -(-max(height, width) // side)
+
+    def check(photo: np.ndarray) -> None:
+        height, width = photo.shape[:2]
+        blank = Features(np.zeros((1, 2, 2), np.float16), 4, height, width)  # to ask for places costs nothing
+        if points is not None:
+            blank.at(points)
+        elif mask is not None and mask.shape != (height, width):
+            found = f"{mask.shape[1]} x {mask.shape[0]}"
+            raise UserError(f"the mask has {found} pixels and the photo {width} x {height}: give a mask of its size")
+        elif mask is None:
+            step = stride_for(height, width)
+            size = -(-height // step) * -(-width // step) * DIMENSION * 2
+            if size > LARGEST:
+                least = step + next(n for n in range(1, 10**6) if size * step**2 / (step + n) ** 2 <= LARGEST)
+                raise UserError(f"--stride {step} makes {size / 2**30:.1f} GiB of it: give --stride {least} or more")
 
     def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[Features, Timings]:
         photo, taken = loaded
@@ -92,6 +126,10 @@ def write_photo_features(
 
     def store(task: Task, made: tuple[Features, Timings]) -> tuple[Path, None, Timings]:
         features, taken = made
+        taken.measure("draw", lambda: write(task, features))
+        return task[1], None, taken
+
+    def write(task: Task, features: Features) -> None:
         about: dict[str, Any] = {"photo": task[0].shown, "size": [features.width, features.height]}
         about |= {"weights": Path(weights).name, "text_encoder": runner.text_encoder, "made_by": str(runner.identity)}
         if points is not None:
@@ -102,9 +140,8 @@ def write_photo_features(
             arrays = {"features": vectors, "ids": ids, "pixels": pixels}
             about["regions"] = str(wanted.regions)
         else:
-            arrays = {"features": features.strided(wanted.stride)}
-            about["stride"] = wanted.stride
+            about["stride"] = stride_for(features.height, features.width)
+            arrays = {"features": features.strided(about["stride"])}
         write_features(task[1], arrays, about)
-        return task[1], None, taken
 
-    return run_tasks(tasks, work, store, lambda _: None, timings, say, quiet)
+    return run_tasks(tasks, work, store, lambda _: None, timings, say, quiet, check)

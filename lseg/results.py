@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import numpy as np
 
 from lseg.draw import shares
 from lseg.errors import UserError
+from lseg.files import write_files
+
+BEGINNING = b'{"photo": '  # of every line
 
 
 def mark_unknown(labels: np.ndarray, cosines: np.ndarray, threshold: float) -> np.ndarray:
@@ -72,51 +75,62 @@ def photos_in(path: Path) -> set[str]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # after the last line's end: nothing, or an unfinished line
-        return {json.loads(line)["photo"] for line in lines}
+        return {json.loads(line)["photo"] for line in _whole_lines(path)}
     except FileNotFoundError:
         return set()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): choose another --jsonl") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} holds something other than photos' lines: choose another --jsonl") from None
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The file's lines, less one that a killed run did not finish; ValueError where that is not what the end is."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest and not (rest.startswith(BEGINNING) or BEGINNING.startswith(rest)):
+        raise ValueError(rest)
+    return lines
 
 
 class JsonLines:
     """A file of JSON lines that grows by whole lines: what is written stays, whatever comes after. A context manager.
 
+    An older file stays until the first line is written.
+
     Args:
         path: the file; None takes the lines and drops them.
-        more: whether to go on after the lines that are there already.
+        again: to go on with a file that is there: the photos whose lines will come anew. None begins a new file.
 
     Raises:
         UserError: it cannot be written, also later, when the disk is full.
     """
 
-    def __init__(self, path: Path | None, more: bool = False):
-        self.path, self.file = path, None
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "ab" if more else "wb", buffering=0)
-                if more:
-                    text = path.read_bytes()
-                    self.file.truncate(text.rfind(b"\n") + 1)  # a line that a killed run did not finish
-            except OSError as error:
-                raise self._refused(error) from None
+    def __init__(self, path: Path | None, again: Collection[str] | None = None):
+        self.path, self.again, self.file = path, again, None
 
     def write(self, entry: dict[str, Any]) -> None:
-        if self.file is None:
+        if self.path is None:
             return
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        start = self.file.seek(0, 2)
+        start = None
         try:
+            if self.file is None:
+                self._open()
+            start = self.file.seek(0, 2)
             if self.file.write(line) < len(line):
                 raise OSError(28, "No space left on device")
         except OSError as error:
-            with suppress(OSError):
-                self.file.truncate(start)  # no half line
+            if start is not None:
+                with suppress(OSError):
+                    self.file.truncate(start)  # no half line
             raise self._refused(error) from None
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.again is not None and self.path.exists():
+            kept = [line for line in _whole_lines(self.path) if json.loads(line)["photo"] not in self.again]
+            write_files({self.path: b"".join(line + b"\n" for line in kept)})
+        self.file = open(self.path, "wb" if self.again is None else "ab", buffering=0)
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"{self.path} cannot be written ({error.strerror}): choose another --jsonl")

@@ -10,8 +10,10 @@ from torch import nn
 
 from lseg import checkpoint
 from lseg.image import normalise
-from lseg.runner import LABELS_A_PASS, TEXTS_A_RUN, Identity, Segmentation, Timings, segment_in_stages
+from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, Timings, segment_in_stages
 from lseg.similarity import Similarity
+
+PIPELINE_SCORES = 512  # images times labels that the float16 pipeline takes: 236 MB of scores, upsampled
 
 
 class HalfPipeline(nn.Module):
@@ -91,12 +93,13 @@ class TorchRunner:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         return self._embed(normalise(pixels)).float().cpu().numpy()
 
+    @torch.no_grad()
     def embed(self, pixels: np.ndarray) -> torch.Tensor:
-        return self._embed(normalise(pixels))
+        return self._encode(normalise(pixels))  # a plain tensor, which others may train with
 
     @torch.inference_mode()
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
-        if self.pipeline is None or len(pixels) * len(text) > LABELS_A_PASS:
+        if self.pipeline is None or len(pixels) * len(text) > PIPELINE_SCORES:
             return segment_in_stages(pixels, text, self._embed, self._score)
         timings = Timings()
         # One call does it all: its time counts to encode_image.
@@ -110,6 +113,9 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _embed(self, images: np.ndarray) -> torch.Tensor:
+        return self._encode(images)
+
+    def _encode(self, images: np.ndarray) -> torch.Tensor:
         embeddings = self.image(torch.from_numpy(images).to(self.device, self.dtype))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -128,7 +134,7 @@ class TorchRunner:
         return labels.cpu().numpy(), cosines.float().cpu().numpy() if best else None
 
     def _text(self, text: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(text)).to(self.device, self.dtype)
+        return torch.tensor(text).to(self.device, self.dtype)
 
     def close(self) -> None:
         self.image = self.text = self.pipeline = None

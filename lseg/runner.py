@@ -43,9 +43,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A batch's label maps: labels [B, S, S], indices of the texts (int32; uint8 from TensorRT up to 256 labels).
+    """A batch's label maps: labels [B, S, S], indices of the texts; int32, or uint8 where one graph does it all.
 
-    `best` holds their cosines, float32 [B, S, S], where they were asked for.
+    `best` holds their cosines, float32 [B, S, S], where they were asked for; some backends give them always.
     """
 
     labels: np.ndarray
@@ -91,7 +91,7 @@ class Runner(Protocol):
     def embed(self, pixels: np.ndarray) -> Any:
         """`encode_image` without a copy: an array that DLPack takes, float32 or float16, where the network left it.
 
-        Another call of this runner may overwrite it.
+        It holds until this runner's next call, which may overwrite it, and until `close`, which frees it.
         """
         ...
 

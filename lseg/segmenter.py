@@ -20,6 +20,8 @@ from lseg.text_cache import FILE, TextCache
 from lseg.tokenizer import Tokenizer
 from lseg.vocabulary import embed_texts, load_templates
 
+KEPT = 64  # lists of words whose embeddings stay in memory
+
 
 class LabelMap(NamedTuple):
     """A photo's labels at its own size."""
@@ -85,13 +87,21 @@ class Segmenter:
         """
         if isinstance(words, str):
             raise UserError(f"the words are one string: give a list, such as {list(parse_labels(words).names)!r}")
+        words = tuple(words)
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{word!r} is no word: give strings that are not empty")
+        if not words:
+            raise UserError("no word is given: give at least one")
         key = (templates, *words)
         with self._lock:
             if key not in self._texts:
-                prompts = load_templates(templates)
-                self._texts[key] = embed_texts(
-                    list(words), prompts, self.runner.encode_text, self._cache, self._tokenize
-                )
+                while len(self._texts) >= KEPT:
+                    del self._texts[next(iter(self._texts))]
+                prompts, encode = load_templates(templates), self.runner.encode_text
+                text = embed_texts(list(words), prompts, encode, self._cache, self._tokenize)
+                text.setflags(write=False)  # it is kept, and handed out again
+                self._texts[key] = text
             return self._texts[key]
 
     def segment(
@@ -107,9 +117,7 @@ class Segmenter:
         Raises:
             UserError: the photo cannot be read, or there is no such mode.
         """
-        text = words if isinstance(words, np.ndarray) else self.embed(words)
-        if text.ndim != 2 or len(text) == 0:
-            raise UserError(f"embeddings of shape {list(text.shape)} do not fit: give [N, D]")
+        text = self._checked(words) if isinstance(words, np.ndarray) else self.embed(words)
         return LabelMap(*label_photo(self.runner, _pixels(photo), text.astype(np.float32, copy=False), inference))
 
     def features(self, photo: str | Path | np.ndarray) -> Features:
@@ -123,13 +131,24 @@ class Segmenter:
         return Features(grid, self.runner.image_size, *image.shape[:2])
 
     def features_on_device(self, photo: str | Path | np.ndarray) -> Any:
-        """The same, [1, D, G, G], where the network left it: nothing is copied, and the next call may overwrite it.
+        """The same, [1, D, G, G], where the network left it: nothing is copied.
+
+        It holds until the next call, which may overwrite it, and until `close`, which frees it: work on other streams
+        must be done by then. Copy what is to stay.
 
         Returns:
             a PyTorch tensor, or an array that `torch.from_dlpack`, `cupy.asarray` and their like take; float32, or
             float16 from TensorRT in fp16.
         """
         return self.runner.embed(to_pixels(_pixels(photo), self.runner.image_size)[None])
+
+    def _checked(self, text: np.ndarray) -> np.ndarray:
+        dimension = self.embed(["other"]).shape[1]
+        if text.ndim != 2 or len(text) == 0 or text.shape[1] != dimension:
+            raise UserError(f"embeddings of shape {list(text.shape)} do not fit: give [N, {dimension}]")
+        if not np.all(np.abs(np.linalg.norm(text.astype(np.float64), axis=1) - 1) < 1e-2):  # NaN is refused as well
+            raise UserError("the embeddings are not of unit length: divide each by its length")
+        return text
 
     def close(self) -> None:
         self.runner.close()

@@ -163,6 +163,8 @@ def segment_video(
     # Containers without a count have it guessed from their length, so a little is no news.
     if video.frames and taken != limit and taken < video.frames - max(1, video.frames // 100):
         summary.notes.append(f"{video.shown} ends early: {taken} of {video.frames} frames could be read")
+    if video.live and taken != limit:
+        summary.notes.append(f"{video.shown} gave no more frames")
     if summary.dropped:
         came = f"{frames.dropped} of {frames.dropped + taken}"
         summary.notes.append(f"{came} frames were dropped to keep up, so that {output} plays faster than life")

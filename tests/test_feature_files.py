@@ -20,7 +20,7 @@ def photo(tmp_path, seed) -> Path:
 
 
 def test_of_a_folder(tiny, tmp_path, segment, seed):
-    """Of each photo, in the folder's tree, every fourth pixel; a bad one is left out; --resume does no work twice."""
+    """Of each photo, in the folder's tree, as fine as the grid; a bad one is left out; --resume does no work twice."""
     for index, name in enumerate(("a.png", "deep/b.png", "deep/c.png")):
         save(tmp_path / "in" / name, seed + index)
     (tmp_path / "in" / "bad.png").write_bytes(b"nothing")
@@ -31,9 +31,9 @@ def test_of_a_folder(tiny, tmp_path, segment, seed):
     assert files == ["a_features.safetensors", "deep/b_features.safetensors", "deep/c_features.safetensors"]
     arrays, about = read_features(out / files[1])
     with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder) as lseg:
-        wanted = lseg.features(tmp_path / "in" / "deep" / "b.png").strided(4)
-    assert np.array_equal(arrays["features"], wanted) and wanted.shape[:2] == (18, 23)
-    assert (about["size"], about["stride"]) == ([90, 70], 4) and about["photo"].endswith("deep/b.png")
+        wanted = lseg.features(tmp_path / "in" / "deep" / "b.png").strided(3)
+    assert np.array_equal(arrays["features"], wanted) and wanted.shape[:2] == (24, 30)
+    assert (about["size"], about["stride"]) == ([90, 70], 3) and about["photo"].endswith("deep/b.png")
     (tmp_path / "in" / "bad.png").unlink()
     code, lines, _ = segment(tmp_path / "in", "--features", out, "--resume")
     assert (code, lines) == (0, ["note: 3 of 3 photos are done already"])
@@ -48,7 +48,7 @@ def test_a_map_asked_with_new_words(tiny, photo, tmp_path, segment):
         labels, cosines = query(stored, lseg.embed(words))
         found = lseg.segment(photo, words)
     assert (labels == found.labels).mean() > 0.98 and np.abs(cosines - found.cosines).max() < 5e-2
-    assert names(tmp_path) == ["map.json", "map.npy", "photo.png"]
+    assert names(tmp_path) == ["map.npy", "map.npy.json", "photo.png"]
 
 
 def test_points_and_regions(tiny, photo, tmp_path, segment, seed):
@@ -82,10 +82,13 @@ def test_points_and_regions(tiny, photo, tmp_path, segment, seed):
             "--points and --regions ask for two kinds of features",
         ),
         (["--features", "x", "--points", "p"], "p cannot be read"),
-        (
-            ["--features", "x", "--save-labels"],
-            "--save-labels is for pictures, and --features makes none: leave one out",
-        ),
+        (["--features", "x", "--save-labels"], "--save-labels has no meaning beside --features, which makes no"),
+        (["--features", "x", "--labels", "a, b"], "--labels has no meaning beside --features"),
+        (["--features", "x", "--unknown", "0.1"], "--unknown has no meaning beside --features"),
+        (["--features", "x", "--stride", "2", "--regions", "mask.png"], "--stride has no meaning beside --points or"),
+        (["--features", "x.npz"], "x.npz: name a .npy or .safetensors file, or a folder"),
+        (["--features", "p.npy", "--points", "p.npy"], "p.npy is read and would be written"),
+        (["--features", "x", "--points", "none.npy"], "none.npy holds no point"),
         (["--features", "x", "--inference", "window"], "--features is for photos seen whole, not --inference window"),
         (["--features", "x.npy", "--regions", "mask.png"], "x.npy: regions have ids too, so give a name that ends in"),
         (["other.png", "--features", "x.npy"], "x.npy is one file for 2 photos: name a folder"),
@@ -94,10 +97,12 @@ def test_points_and_regions(tiny, photo, tmp_path, segment, seed):
 def test_what_cannot_be(photo, tmp_path, segment, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     cv2.imwrite("mask.png", np.ones((70, 90), np.uint8))
+    np.save("p.npy", np.ones((2, 2), np.int64))
+    np.save("none.npy", np.ones((0, 2), np.int64))
     save(tmp_path / "other.png", 1)
     code, lines, err = segment("photo.png", *options)
     assert (code, lines) == (2, []) and err[0].startswith(f"error: {message}") and len(err) == 1
-    assert names(tmp_path) == ["mask.png", "other.png", "photo.png"]
+    assert names(tmp_path) == ["mask.png", "none.npy", "other.png", "p.npy", "photo.png"]
 
 
 def test_a_point_outside(photo, tmp_path, segment):
@@ -105,3 +110,24 @@ def test_a_point_outside(photo, tmp_path, segment):
     code, _, err = segment(photo, "--features", tmp_path / "f.npy", "--points", tmp_path / "p.txt")
     assert code == 2 and "(90, 0) is outside the photo of 90 x 70 pixels" in err[0] and len(err) == 1
     assert not (tmp_path / "f.npy").exists()
+
+
+def test_a_photo_that_does_not_fit(tmp_path, segment, seed):
+    """It is told by name and left out; the others are done."""
+    for index, size in enumerate(((90, 70), (40, 30), (90, 70))):
+        save(tmp_path / "in" / f"{index}.png", seed + index, size)
+    cv2.imwrite(str(tmp_path / "mask.png"), np.ones((70, 90), np.uint8))
+    (tmp_path / "p.txt").write_text("80 60\n")
+    for options in (["--regions", tmp_path / "mask.png"], ["--points", tmp_path / "p.txt"]):
+        out = tmp_path / options[0].strip("-")
+        code, _, err = segment(tmp_path / "in", "--features", out, *options)
+        assert code == 2 and len(err) == 2 and str(tmp_path / "in" / "1.png") in err[0]
+        assert names(out) == ["0_features.safetensors", "2_features.safetensors"]
+
+
+def test_more_than_fits(tmp_path, segment, monkeypatch, seed):
+    monkeypatch.setattr("lseg.photo_features.LARGEST", 10 << 20)
+    photo = save(tmp_path / "large.png", seed, (400, 300))
+    code, _, err = segment(photo, "--features", tmp_path / "x", "--stride", 1)
+    assert code == 2 and "large.png: --stride 1 makes 0.1 GiB of it: give --stride 4 or more" in err[0]
+    assert segment(photo, "--features", tmp_path / "x", "--stride", 4)[0] == 0

@@ -321,7 +321,7 @@ class TestFiles:
         array = random_features(seed, 5, 7).strided(1).astype(dtype)[:, ::2]
         write_features(path, {"features": array}, self.ABOUT)
         names = sorted(file.name for file in path.parent.iterdir())
-        assert names == sorted([path.name] + ["photo.json"] * (suffix != ".safetensors"))
+        assert names == sorted([path.name] + [f"{path.name}.json"] * (suffix != ".safetensors"))
         arrays, about = read_features(str(path))
         assert list(arrays) == ["features"] and about == self.ABOUT
         assert arrays["features"].dtype == dtype and np.array_equal(arrays["features"], array)
@@ -343,18 +343,18 @@ class TestFiles:
         for name in ("a.npy", "a.safetensors"):
             write_features(tmp_path / name, {"features": array}, self.ABOUT)
         assert np.array_equal(np.load(tmp_path / "a.npy"), array)
-        assert json.loads((tmp_path / "a.json").read_text("utf-8")) == self.ABOUT
+        assert json.loads((tmp_path / "a.npy.json").read_text("utf-8")) == self.ABOUT
         with safe_open(tmp_path / "a.safetensors", "np") as file:
             assert np.array_equal(file.get_tensor("features"), array)
             assert file.metadata()["size"] == "[7, 5]"
 
     def test_whole_or_not_at_all(self, tmp_path):
         """Where the JSON cannot be written, no .npy appears either."""
-        (tmp_path / "a.json").mkdir()
+        (tmp_path / "a.npy.json").mkdir()
         assert error(write_features, tmp_path / "a.npy", {"features": np.ones(3)}, {}) == (
-            f"{tmp_path / 'a.json'} is a folder; choose another output name"
+            f"{tmp_path / 'a.npy.json'} is a folder; choose another output name"
         )
-        assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+        assert [file.name for file in tmp_path.iterdir()] == ["a.npy.json"]
 
     @pytest.mark.parametrize("name", ["a.npz", "a", "a.pt"])
     def test_another_suffix(self, name, tmp_path):
@@ -392,7 +392,7 @@ class TestFiles:
 
     def test_no_pickles(self, tmp_path):
         np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
-        (tmp_path / "a.json").write_text("{}")
+        (tmp_path / "a.npy.json").write_text("{}")
         assert error(read_features, tmp_path / "a.npy") == (
             f"{tmp_path / 'a.npy'} is damaged or of another kind "
             "(Object arrays cannot be loaded when allow_pickle=False): write it again"
@@ -401,7 +401,7 @@ class TestFiles:
     @pytest.mark.parametrize("content", [None, "", "{", "[]", "3", "null"])
     def test_the_json_beside(self, content, tmp_path):
         write_features(tmp_path / "a.npy", {"features": np.ones(3)}, {})
-        beside = tmp_path / "a.json"
+        beside = tmp_path / "a.npy.json"
         beside.unlink()
         what = "cannot be read (No such file"
         if content is not None:

@@ -82,16 +82,22 @@ class TestCosines:
 class TestLines:
     def test_what_was_there_stays(self, tmp_path):
         path = tmp_path / "new" / "x.jsonl"
-        for more in (False, True):
-            with JsonLines(path, more) as file:
-                file.write({"photo": "straße", "n": int(more)})
-        assert lines(path) == [{"photo": "straße", "n": 0}, {"photo": "straße", "n": 1}]
+        for number, again in enumerate((None, (), ("none",))):
+            with JsonLines(path, again) as file:
+                file.write({"photo": "straße", "n": number})
+        assert lines(path) == [{"photo": "straße", "n": number} for number in range(3)]
+        with JsonLines(path):  # nothing is written
+            pass
+        assert len(lines(path)) == 3
+        with JsonLines(path, ["straße"]) as file:  # its lines come anew
+            file.write({"photo": "straße", "n": 9})
+        assert lines(path) == [{"photo": "straße", "n": 9}]
         with open(path, "a") as file:
             file.write('{"photo": "cut of')  # as a killed run leaves it
         assert photos_in(path) == {"straße"}
-        with JsonLines(path, more=True) as file:
+        with JsonLines(path, again=["b"]) as file:
             file.write({"photo": "b"})
-        assert [entry["photo"] for entry in lines(path)] == ["straße", "straße", "b"]
+        assert [entry["photo"] for entry in lines(path)] == ["straße", "b"]
         with JsonLines(path) as file:
             file.write({"photo": "c"})
         assert photos_in(path) == {"c"} and photos_in(tmp_path / "none") == set()
@@ -103,11 +109,12 @@ class TestLines:
             file.write({"photo": "a"})
 
     def test_what_cannot_be(self, tmp_path):
-        (tmp_path / "x").write_text("not\njson\n")
-        with pytest.raises(UserError, match="something other than photos' lines"):
-            photos_in(tmp_path / "x")
+        for text in ("not\njson\n", "a note without an end", "[" * 100_000 + "\n", '{"a": 1}\n'):
+            (tmp_path / "x").write_text(text)
+            with pytest.raises(UserError, match="something other than photos' lines"):
+                photos_in(tmp_path / "x")
         with pytest.raises(UserError, match="cannot be written"):
-            JsonLines(tmp_path / "x" / "y")
+            JsonLines(tmp_path / "x" / "y").write({"photo": "a"})
         with pytest.raises(UserError, match="cannot be read"):
             photos_in(tmp_path)
 
@@ -140,6 +147,8 @@ class TestScript:
         path.write_text(first + "\n" + '{"photo": "cut')
         code, out, _ = segment(*options)
         assert code == 0 and out[0] == "note: 1 of 3 photos are done already" and len(lines(path)) == 3
+        (tmp_path / "out" / "b_lseg.png").unlink()  # the line is there, and comes anew
+        assert segment(*options)[1][0] == "note: 2 of 3 photos are done already" and len(lines(path)) == 3
         assert segment(*options)[1] == ["note: 3 of 3 photos are done already"]
 
     def test_unknown_pixels(self, photo, tmp_path, segment):
@@ -175,9 +184,18 @@ class TestScript:
                 ["--save-scores", "--inference", "window"],
                 "error: --save-scores is for photos seen whole, not --inference window: leave one out",
             ),
-            (["--jsonl", "."], "error: . is a folder: name a file in it"),
+            (["--jsonl", "."], "error: --jsonl .: name a file that ends in .jsonl"),
+            (["--jsonl", "photo.jpg"], "error: --jsonl photo.jpg: name a file that ends in .jsonl"),
+            (["--stride", "2"], "error: --stride is for --features: name that too"),
         ],
     )
     def test_what_cannot_be(self, photo, segment, tmp_path, options, message):
+        before = photo.read_bytes()
         assert segment(photo, *options) == (2, [], [message])
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists() and photo.read_bytes() == before
+
+    def test_a_run_that_fails_leaves_the_older_lines(self, tmp_path, segment):
+        (tmp_path / "bad.jpg").write_bytes(b"nothing")
+        (tmp_path / "x.jsonl").write_text('{"photo": "a"}\n')
+        assert segment(tmp_path / "bad.jpg", "--jsonl", tmp_path / "x.jsonl")[0] == 2
+        assert (tmp_path / "x.jsonl").read_text() == '{"photo": "a"}\n'

@@ -70,6 +70,9 @@ class TestSegmenter:
         assert taken.shape == wanted.shape and np.abs(taken.numpy() - wanted).max() < 1e-6
         if isinstance(array, DeviceArray):
             assert taken.data_ptr() == array.address
+        weight = torch.ones(1, requires_grad=True)
+        (taken * weight).sum().backward()  # others may train on it
+        assert weight.grad is not None
 
     def test_threads_share_one(self, lseg, tmp_path, seed):
         images = [read_image(save(tmp_path / f"{i}.png", seed + i)) for i in range(4)]
@@ -87,8 +90,19 @@ class TestSegmenter:
             lseg.features("none.jpg")
         with pytest.raises(UserError, match="'wide' is no inference mode"):
             lseg.segment(photo, LABELS, "wide")
-        with pytest.raises(UserError, match=r"shape \[0, 32\] do not fit"):
-            lseg.segment(photo, np.zeros((0, 32), np.float32))
+        for shape in ((0, 32), (3, 31), (32,)):
+            with pytest.raises(UserError, match=r"do not fit: give \[N, \d+\]"):
+                lseg.segment(photo, np.zeros(shape, np.float32))
+        text = lseg.embed(LABELS)
+        for wrong in (2 * text, text * np.float32("nan")):
+            with pytest.raises(UserError, match="not of unit length"):
+                lseg.segment(photo, wrong)
+        for words, message in (([], "no word is given"), ([3], "3 is no word"), (["a", " "], "' ' is no word")):
+            with pytest.raises(UserError, match=message):
+                lseg.segment(photo, words)
+        with pytest.raises(ValueError):  # what is kept cannot be spoilt
+            text *= 0
+        assert np.array_equal(lseg.embed(word for word in LABELS), text)
 
     def test_the_import_is_light(self):
         """`import lseg` brings no library that the scripts' --help would wait for."""
@@ -139,3 +153,16 @@ class TestDeviceArray:
         for options in ({"copy": True}, {"dl_device": (1, 0)}):
             with pytest.raises(BufferError, match="without a copy"):
                 array.__dlpack__(**options)
+
+
+def test_the_readmes_example(demo, monkeypatch):
+    """Runs as it stands, but for the folder of the exported files."""
+    text = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "with Segmenter() as lseg:" in text
+    monkeypatch.chdir(ROOT)
+    found: dict = {}
+    exec(text.replace("Segmenter()", f"Segmenter(onnx={str(demo.folder)!r})"), found)
+    height, width = read_image(ROOT / "image" / "temple.jpg").shape[:2]
+    assert found["found"].labels.shape == (height, width)
+    assert found["labels"].shape == found["stored"].shape[:2] == (-(-height // 8), -(-width // 8))
+    assert set(np.unique(found["labels"])) <= {0, 1} and found["array"].shape == (1, 512, 240, 240)

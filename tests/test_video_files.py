@@ -14,6 +14,7 @@ import pytest
 from test_enginerun import ROOT, names, read_map
 
 from lseg import Segmenter
+from lseg.video import open_video  # before OpenCV's first video: FFmpeg's remarks are off from here on
 from lseg.vocabulary import parse_labels
 
 
@@ -46,6 +47,8 @@ def test_a_file(tiny, tmp_path, segment, seed):
     assert names(tmp_path / "out") == ["drive_labels", "drive_lseg.mp4"]
     frames = read_video(video)
     overlaid = read_video(tmp_path / "out" / "drive_lseg.mp4")
+    written = open_video(str(tmp_path / "out" / "drive_lseg.mp4"))
+    assert (written.frames, written.fps, written.size) == (5, 10, (96, 64))
     assert len(frames) == len(overlaid) == 5 and overlaid[0].shape == frames[0].shape
     assert names(tmp_path / "out" / "drive_labels") == sorted(
         f"{index:06}.{end}" for index in range(5) for end in ("json", "png")
@@ -68,7 +71,9 @@ def test_ctrl_c_leaves_a_file_that_plays(tiny, tmp_path, seed):
     video = write_video(tmp_path / "long.mp4", seed, 600)
     options = ["--weights", tiny.weights, "--onnx", tiny.folder, "--output", tmp_path / "out", "--save-labels"]
     command = [sys.executable, ROOT / "enginerun.py", "--video", video, *options]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job begins with it ignored
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     maps = tmp_path / "out" / "long_labels"
     while process.poll() is None and not (maps / "000004.json").exists():
         pass
@@ -84,12 +89,12 @@ def test_ctrl_c_leaves_a_file_that_plays(tiny, tmp_path, seed):
     [
         (["--video", "none.mp4"], "none.mp4"),
         (["--video", "text.mp4"], "text.mp4"),
-        (["--video", "77"], "camera 77 is not there"),
         (["--video", "good.mp4", "--frames", "0"], "--frames 0 cannot be: give 1 or more"),
         (["--video", "good.mp4", "--jsonl", "x"], "--jsonl is for photos, not for --video: leave one out"),
         (["--video", "good.mp4", "--save-scores"], "--save-scores is for photos, not for --video: leave one out"),
+        (["--video", "good.mp4", "--points", "none"], "--points is for photos, not for --video: leave one out"),
         (["--video", "good.mp4", "--unknown", "2"], "--unknown 2.0 is no cosine"),
-        (["photo.jpg", "--video", "good.mp4"], "--video and the photo photo.jpg are two inputs: give one of them"),
+        (["photo.jpg", "--video", "good.mp4"], "photos are there beside --video: give one of the two"),
     ],
 )
 def test_what_cannot_be(tmp_path, segment, monkeypatch, options, message):
@@ -99,3 +104,10 @@ def test_what_cannot_be(tmp_path, segment, monkeypatch, options, message):
     code, lines, err = segment(*options)
     assert (code, lines) == (2, []) and err[0].startswith(f"error: {message}") and len(err) == 1
     assert names(tmp_path) == ["good.mp4", "text.mp4"]
+
+
+def test_no_camera(tmp_path, segment):
+    """It is opened when all else is ready: its frames come by the clock."""
+    code, lines, err = segment("--video", "77")
+    assert code == 2 and err[0].startswith("error: camera 77 is not there") and len(err) == 1
+    assert lines[-1].startswith("ONNX Runtime") and names(tmp_path) == []
