@@ -30,6 +30,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write lseg_full.onnx, the first port's output: times 1/0.07, upsampled to 512 x 480 x 480",
     )
+    parser.add_argument(
+        "--label-map",
+        action="store_true",
+        help="write lseg_labels.onnx too, which engines of label maps are built from: pixels and text to labels",
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of --label-map (default: fp32)")
+    parser.add_argument("--matmul", choices=("4d", "3d", "2d"), default="4d", help="of --label-map (default: 4d)")
     parser.add_argument("--opset", type=int, default=17, help="ONNX operator set (default 17)")
     parser.add_argument(
         "--download",
@@ -63,6 +70,10 @@ def main(args: argparse.Namespace) -> None:
         return
     export_and_report(specs.image_spec(weights, batch), args.output / IMAGE_ONNX, args.opset, args.quiet)
     export_and_report(specs.similarity_spec(weights), args.output / SIMILARITY_ONNX, args.opset, args.quiet)
+    if args.label_map:
+        from lseg.label_map_export import export_label_map
+
+        export_label_map(weights, args.output / IMAGE_ONNX, args.precision, args.matmul, args.quiet)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def segment_photos(
     """Segments photos and writes their files; returns how many could not be read.
 
     Raises:
-        UserError: none of them could be read, or a file cannot be written.
+        UserError: none of them could be used, or a file cannot be written.
     """
     names = vocabulary.labels.names
     colours = palette(names)
@@ -158,7 +158,7 @@ def run_tasks(
         check: raises UserError for a photo that is to be left out.
 
     Raises:
-        UserError: none of the photos could be read; or whatever `work`, `store` and `finish` raise.
+        UserError: none of the photos could be used; or whatever `work`, `store` and `finish` raise.
     """
 
     def load(task: Task) -> tuple[np.ndarray, Timings]:

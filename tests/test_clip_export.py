@@ -51,6 +51,7 @@ def unit(x: Tensor) -> np.ndarray:
 
 
 class TestClip:
+    @pytest.mark.slow  # ViT-B/32 with its visual tower at full size
     def test_both_towers_of_the_official_checkpoint(self, clip, tmp_path, seed):
         model, path = clip
         options = ["--weights", str(path), "--output", str(tmp_path), "--visual", "--quiet"]

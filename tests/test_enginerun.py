@@ -356,7 +356,7 @@ class TestPhotos:
         assert names(tmp_path / "out") == ["good_lseg.png", "late_lseg.png"]
         assert out[-1].startswith("2 photos in ")
         code, _, err = segment(bad, shutil.copy(bad, tmp_path / "worse.jpg"), output=tmp_path / "none")
-        assert code == 2 and len(err) == 3 and err[2] == "error: none of the 2 photos could be read: see above"
+        assert code == 2 and len(err) == 3 and err[2] == "error: none of the 2 photos could be used: see above"
         assert not (tmp_path / "none").exists()
 
     def test_a_tree_and_resume(self, tmp_path, segment, seed):

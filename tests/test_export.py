@@ -19,8 +19,9 @@ from test_model import align_corners, score_as_the_official_code
 import clip_onnx_export
 import lseg_export
 from lseg import checkpoint, runner, specs
-from lseg.errors import short
-from lseg.onnx_file import FORMAT, IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, parse_metadata
+from lseg.errors import UserError, short
+from lseg.onnx_file import FORMAT, IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX, parse_metadata, read_metadata
+from lseg.run_onnxruntime import OnnxRuntimeRunner
 from lseg.weights import DEMO_WEIGHTS
 
 ROOT = Path(lseg_export.__file__).parent
@@ -332,3 +333,33 @@ def second(scores: np.ndarray) -> np.ndarray:
     if scores.shape[1] == 1:
         return np.full(scores[:, 0].shape, -np.inf)
     return np.partition(scores, -2, axis=1)[:, -2]
+
+
+@pytest.mark.parametrize(("precision", "matmul"), [("fp32", "4d"), ("fp16", "4d"), ("fp32", "2d")])
+def test_label_map(tiny, tmp_path, seed, precision, matmul):
+    """One graph from pixels and texts to labels, equal to the two that it stands for; what made it is in it."""
+    options = ["--weights", tiny.weights, "--output", str(tmp_path), "--quiet", "--label-map"]
+    lseg_export.main(lseg_export.parse_args([*options, "--precision", precision, "--matmul", matmul]))
+    name = "lseg_labels.onnx" if (precision, matmul) == ("fp32", "4d") else f"lseg_labels_{precision}_{matmul}.onnx"
+    rng = np.random.default_rng(seed)
+    with OnnxRuntimeRunner(*tiny) as ours:
+        session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        for batch in (1,) if matmul == "2d" else (1, 3):
+            pixels = rng.integers(0, 256, (batch, 64, 64, 3), dtype=np.uint8)
+            text = rng.standard_normal((20, ours.image.get_outputs()[0].shape[1])).astype(np.float32)
+            text /= np.linalg.norm(text, axis=1, keepdims=True)
+            labels, best = session.run(["labels", "best"], {"pixels": pixels, "text": text})
+            wanted = ours.segment(pixels, text)
+            assert (labels == wanted.labels).mean() >= (0.999 if precision == "fp32" else 0.98)
+            assert np.abs(best - wanted.best).max() <= (1e-5 if precision == "fp32" else 1e-2)
+    metadata = read_metadata(tmp_path / name)
+    assert (metadata["kind"], metadata["precision"], metadata["matmul"]) == ("labels", precision, matmul)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([IMAGE_ONNX, name, SIMILARITY_ONNX])
+
+
+def test_a_label_map_that_is_off_is_not_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("lseg.label_map_export.BOUNDS", {"fp32": 0.0})
+    options = ["--weights", tiny.weights, "--output", str(tmp_path), "--quiet", "--label-map"]
+    with pytest.raises(UserError, match="lseg_labels.onnx was not written: its cosines are .* off PyTorch's"):
+        lseg_export.main(lseg_export.parse_args(options))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([IMAGE_ONNX, SIMILARITY_ONNX])

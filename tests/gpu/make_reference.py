@@ -30,7 +30,7 @@ def main(dataset: Path, output: Path) -> None:
         photos = [photo for photo, _ in data.pairs]
         labels = [runner.segment(to_pixels(read_image(photo))[None], text).labels[0] for photo in photos]
         temple = to_pixels(read_image(ROOT / "image" / "temple.jpg"))[None]
-        counts = {f"random_labels_{n}": runner.segment(temple, random_text[:n]).labels[0] for n in (1, 2, 8, 150, 1000)}
+        found = {n: runner.segment(temple, random_text[:n], best=True) for n in (1, 2, 8, 150, 1000)}
         np.savez_compressed(
             output,
             tokens=tokens,
@@ -40,7 +40,8 @@ def main(dataset: Path, output: Path) -> None:
             photo_labels=runner.segment(temple, text).labels[0].astype(np.uint8),
             photo_embeddings=runner.encode_image(temple)[0][:, ::8, ::8],
             random_text=random_text,
-            **{name: value.astype(np.uint16) for name, value in counts.items()},
+            **{f"random_labels_{n}": each.labels[0].astype(np.uint16) for n, each in found.items()},
+            **{f"random_best_{n}": each.best[0].astype(np.float16) for n, each in found.items()},
         )
 
 
