@@ -12,7 +12,6 @@ first. A photo that cannot be read is told and left out, and the exit status is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from lseg.photos import Task, Wanted
     from lseg.runner import Runner, Timings
     from lseg.sources import Photo
+    from lseg.tokenizer import Tokenizer
     from lseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent
@@ -116,14 +116,14 @@ def segment_the_photos(args: argparse.Namespace) -> int:
     from lseg.photos import open_tasks, segment_photos
 
     wanted = what_is_wanted(args)
-    vocabulary, templates = read_texts(args)
+    vocabulary, *prompts = read_texts(args)
     label_dtype(len(vocabulary.labels.names))  # says so now if a label map cannot hold that many
     photos, notes = find_photos(args)
     for note in (*vocabulary.labels.notes, *notes):
         speaker(args)(f"note: {note}")
 
     def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:
-        text, kept = embed(args, vocabulary, templates, runner, timings)
+        text, kept = embed(args, vocabulary, *prompts, runner, timings)
         return segment_photos(tasks, runner, text, vocabulary, wanted, timings, speaker(args)), kept
 
     return run_photos(args, photos, open_tasks(photos, wanted), args.output, work)
@@ -149,20 +149,19 @@ def write_features_of(args: argparse.Namespace) -> int:
 def segment_a_video(args: argparse.Namespace) -> int:
     from lseg.labels import label_dtype
     from lseg.runner import Timings
-    from lseg.video import open_video
+    from lseg.video import is_live, open_video
     from lseg.video_files import VideoFiles, segment_to_files
 
-    what_is_wanted(args)  # says so now if --unknown is no cosine
     say = speaker(args)
-    vocabulary, templates = read_texts(args)
+    vocabulary, *prompts = read_texts(args)
     label_dtype(len(vocabulary.labels.names))
     for note in vocabulary.labels.notes:
         say(f"note: {note}")
-    timings, live = Timings(), "://" in args.video or args.video.isdecimal()
-    video = None if live else open_video(args.video)
+    timings = Timings()
+    video = None if is_live(args.video) else open_video(args.video)
     with output_folder(args.output), open_runner(args, []) as runner:
         video = video or open_video(args.video)  # frames that come by the clock are not to wait for the engines
-        text, _ = embed(args, vocabulary, templates, runner, timings)
+        text, _ = embed(args, vocabulary, *prompts, runner, timings)
         files = VideoFiles(args.output, args.inference, args.unknown, args.save_labels, args.frames, args.quiet)
         segment_to_files(video, runner, text, vocabulary, files, say)
     return 0
@@ -175,15 +174,15 @@ def speaker(args: argparse.Namespace) -> Callable[[str], object]:
     return (lambda _: None) if args.quiet else errors.say
 
 
-def read_texts(args: argparse.Namespace) -> tuple[Vocabulary, list[str]]:
-    """The labels and the templates, each text of which CLIP takes."""
+def read_texts(args: argparse.Namespace) -> tuple[Vocabulary, list[str], Tokenizer]:
+    """The labels and the templates, each text of which CLIP takes, and CLIP's tokenizer, whose loading takes time."""
     from lseg.tokenizer import Tokenizer
     from lseg.vocabulary import load_templates
 
     vocabulary, templates = read_labels(args), load_templates(args.templates)
-    longest = max(templates, key=len)
-    Tokenizer()([longest.replace("{}", text) for text in vocabulary.texts])  # says so now if one is too long
-    return vocabulary, templates
+    tokenize, longest = Tokenizer(), max(templates, key=len)
+    tokenize([longest.replace("{}", text) for text in vocabulary.texts])  # says so now if one is too long
+    return vocabulary, templates, tokenize
 
 
 def find_photos(args: argparse.Namespace) -> tuple[list[Photo], list[str]]:
@@ -193,16 +192,19 @@ def find_photos(args: argparse.Namespace) -> tuple[list[Photo], list[str]]:
 
 
 def embed(
-    args: argparse.Namespace, vocabulary: Vocabulary, templates: list[str], runner: Runner, timings: Timings
+    args: argparse.Namespace,
+    vocabulary: Vocabulary,
+    templates: list[str],
+    tokenize: Tokenizer,
+    runner: Runner,
+    timings: Timings,
 ) -> tuple[np.ndarray, str]:
     """The texts' embeddings, float32 [T, D], and words on how many were kept from earlier runs."""
     from lseg.text_cache import FILE, TextCache
-    from lseg.tokenizer import Tokenizer
     from lseg.vocabulary import embed_texts
 
     texts, bar = vocabulary.texts, iter if args.quiet else progress
     cache = TextCache(args.onnx / FILE, runner.text_encoder)
-    tokenize = Tokenizer()
     text = timings.measure(
         "encode_text", lambda: embed_texts(texts, templates, runner.encode_text, cache, tokenize, bar)
     )
@@ -255,17 +257,9 @@ def run_photos(
 
 
 def what_is_wanted(args: argparse.Namespace) -> Wanted:
-    """What to make of each photo; raises UserError where options contradict each other."""
+    """What to make of each photo."""
     from lseg.photos import Wanted
 
-    if args.unknown is not None and not -1 <= args.unknown <= 1:
-        raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
-    if args.rle and not args.jsonl:
-        raise UserError("--rle adds masks to the lines of --jsonl: name that file too")
-    if args.rle and not importlib.util.find_spec("pycocotools"):
-        raise UserError("--rle needs pycocotools, which is not installed: run './requirements.sh'")
-    if args.save_scores and args.inference != "whole":
-        raise UserError(f"--save-scores is for photos seen whole, not --inference {args.inference}: leave one out")
     return Wanted(
         output=args.output,
         inference=args.inference,

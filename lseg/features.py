@@ -46,11 +46,7 @@ class Features:
     def at(self, points: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         """Features float16 [K, D] of pixels: points, integers [K, 2], are their (x, y) = (column, row) in the photo."""
         points = np.asarray(points)
-        _check(points, "the array of points", POINTS, 2)
-        inside = (points >= 0) & (points < [self.width, self.height])
-        for x, y in points[~inside.all(axis=1)][:1]:
-            size = f"{self.width} x {self.height} pixels"
-            raise UserError(f"the point (x, y) = ({x}, {y}) is outside the photo of {size}: count from 0, top left")
+        check_points(points, self.width, self.height)
         columns, rows = (places[points[:, axis].astype(np.int64)] for axis, places in enumerate(self._places()))
         result = np.empty((len(points), len(self.grid)), np.float16)
         order = np.argsort(rows, kind="stable")
@@ -80,10 +76,7 @@ class Features:
         Returns ids int64 [K], ascending; vectors float16 [K, D]; pixels int64 [K], how many of the photo each has. It
         takes 16 (K + `PAIRS`) D bytes more, and 64 for each pixel of the H / S rows of the mask in one network row.
         """
-        _check(mask, "the mask", MASK)
-        if mask.shape != (self.height, self.width):
-            sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels and its photo {self.width} x {self.height}"
-            raise UserError(f"the mask has {sizes}: give a mask of the photo's size")
+        check_mask(mask, self.width, self.height)
         for value in (int(mask.min()), int(mask.max())):
             if not 0 <= value < 2**63:
                 raise UserError(f"the mask has the value {value}: give 0 for no region and ids from 1 to 2^63 - 1")
@@ -124,6 +117,23 @@ class Features:
         values = line[left]
         values += (line[np.minimum(left + 1, end)] - values) * (across / last).astype(np.float32)[:, None]
         return _to_unit(values)
+
+
+def check_points(points: np.ndarray, width: int, height: int) -> None:
+    """UserError unless points are integers [K, 2] inside a photo of this size."""
+    _check(points, "the array of points", POINTS, 2)
+    inside = (points >= 0) & (points < [width, height])
+    for x, y in points[~inside.all(axis=1)][:1]:
+        size = f"{width} x {height} pixels"
+        raise UserError(f"the point (x, y) = ({x}, {y}) is outside the photo of {size}: count from 0, top left")
+
+
+def check_mask(mask: np.ndarray, width: int, height: int) -> None:
+    """UserError unless a mask holds integers and is of a photo's size."""
+    _check(mask, "the mask", MASK)
+    if mask.shape != (height, width):
+        sizes = f"{mask.shape[1]} x {mask.shape[0]} pixels and its photo {width} x {height}"
+        raise UserError(f"the mask has {sizes}: give a mask of the photo's size")
 
 
 def query(features: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +194,11 @@ def read_points(path: str | Path) -> np.ndarray:
     """Points int64 [K, 2] from an .npy, or from text: "x y" or "x,y" a line, with comments after #."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return _check(_load(path), path, POINTS, 2).astype(np.int64)
-    with _reading(path, "give a text file, or an .npy"):
-        lines = path.read_text("utf-8-sig").splitlines()
-    points = []
+        points, lines = list(_check(_load(path), path, POINTS, 2).astype(np.int64)), []
+    else:
+        points = []
+        with _reading(path, "give a text file, or an .npy"):
+            lines = path.read_text("utf-8-sig").splitlines()
     for number, line in enumerate(lines, 1):
         if words := line.partition("#")[0].strip():
             if not (point := POINT.fullmatch(words)):

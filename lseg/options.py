@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 
 from lseg.errors import UserError
@@ -20,6 +21,8 @@ def check_options(args: Namespace, usual: Namespace) -> None:
             if name in given:
                 raise UserError(f"{'--' * (name != 'photos')}{name.replace('_', '-')} {reason}")
 
+    if args.unknown is not None and not -1 <= args.unknown <= 1:
+        raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
     mapping = "stride points regions"
     if args.video is not None:
         refuse("photos", "are there beside --video: give one of the two")
@@ -37,3 +40,9 @@ def check_options(args: Namespace, usual: Namespace) -> None:
         refuse(mapping, "is for --features: name that too")
     if args.jsonl and (args.jsonl.suffix.lower() != ".jsonl" or args.jsonl.is_dir()):
         raise UserError(f"--jsonl {args.jsonl}: name a file that ends in .jsonl")  # never a photo or a list of labels
+    if args.rle and not args.jsonl:
+        raise UserError("--rle adds masks to the lines of --jsonl: name that file too")
+    if args.rle and not importlib.util.find_spec("pycocotools"):
+        raise UserError("--rle needs pycocotools, which is not installed: run './requirements.sh'")
+    if args.save_scores and args.inference != "whole":
+        raise UserError(f"--save-scores is for photos seen whole, not --inference {args.inference}: leave one out")

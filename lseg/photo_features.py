@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import Features, read_points, read_region_mask, write_features
+from lseg.features import Features, check_mask, check_points, read_points, read_region_mask, write_features
 from lseg.image import to_pixels
 from lseg.photos import Task, run_tasks
 from lseg.runner import Runner, Timings
@@ -53,7 +55,7 @@ class FeatureFiles:
             raise UserError("--points and --regions ask for two kinds of features: give one of them")
         if self.stride is not None and (self.points or self.regions):
             raise UserError("--stride has no meaning beside --points or --regions: leave it out")
-        self.wishes()
+        _ = self.wishes  # says so now if they cannot be read
         if self.output.suffix.lower() in OTHER_FILES and not self.output.is_dir():
             raise UserError(f"{self.output}: name a .npy or .safetensors file, or a folder")
         if self.output.suffix.lower() in FILES:
@@ -73,11 +75,10 @@ class FeatureFiles:
             tasks = list(zip(photos, files, strict=True))
         return [task for task in tasks if not (self.resume and task[1].exists())]
 
+    @cached_property
     def wishes(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The points and the mask."""
+        """The points and the mask, read once."""
         points = read_points(self.points) if self.points else None
-        if points is not None and not len(points):
-            raise UserError(f"{self.points} holds no point: write x and y of one a line")
         return points, read_region_mask(self.regions) if self.regions else None
 
 
@@ -97,7 +98,7 @@ def write_photo_features(
     Raises:
         UserError: no photo could be used, or a file cannot be written.
     """
-    points, mask = wanted.wishes()
+    points, mask = wanted.wishes
     side = runner.image_size // 2
 
     def stride_for(height: int, width: int) -> int:
@@ -105,17 +106,15 @@ def write_photo_features(
 
     def check(photo: np.ndarray) -> None:
         height, width = photo.shape[:2]
-        blank = Features(np.zeros((1, 2, 2), np.float16), 4, height, width)  # to ask for places costs nothing
         if points is not None:
-            blank.at(points)
-        elif mask is not None and mask.shape != (height, width):
-            found = f"{mask.shape[1]} x {mask.shape[0]}"
-            raise UserError(f"the mask has {found} pixels and the photo {width} x {height}: give a mask of its size")
-        elif mask is None:
+            check_points(points, width, height)
+        elif mask is not None:
+            check_mask(mask, width, height)
+        else:
             step = stride_for(height, width)
             size = -(-height // step) * -(-width // step) * DIMENSION * 2
             if size > LARGEST:
-                least = step + next(n for n in range(1, 10**6) if size * step**2 / (step + n) ** 2 <= LARGEST)
+                least = math.ceil(step * math.sqrt(size / LARGEST))
                 raise UserError(f"--stride {step} makes {size / 2**30:.1f} GiB of it: give --stride {least} or more")
 
     def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[Features, Timings]:

@@ -98,14 +98,11 @@ def segment_photos(
     """
     names = vocabulary.labels.names
     colours = palette(names)
-    best = wanted.unknown is not None or wanted.lines is not None
+    best = wanted.lines is not None
 
     def work(_: object, loaded: tuple[np.ndarray, Timings]) -> Made:
         photo, taken = loaded
-        labels, cosines = label_photo(runner, photo, text, wanted.inference, taken, best)
-        labels = vocabulary.to_labels(labels)
-        if wanted.unknown is not None:
-            labels = mark_unknown(labels, cosines, wanted.unknown)
+        labels, cosines = find_labels(runner, photo, text, vocabulary, wanted.inference, wanted.unknown, taken, best)
         scores = None
         if wanted.scores:
             scores = taken.measure("similarity", lambda: all_scores(runner, photo, text, vocabulary))
@@ -133,6 +130,26 @@ def segment_photos(
 
     with JsonLines(wanted.lines, {photo.shown for photo, _ in tasks} if wanted.resume else None) as lines:
         return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet)
+
+
+def find_labels(
+    runner: Runner,
+    photo: np.ndarray,
+    text: np.ndarray,
+    vocabulary: Vocabulary,
+    inference: str,
+    unknown: float | None,
+    taken: Timings | None = None,
+    best: bool = False,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`label_photo`, with synonyms as one label, and -1 where the cosine is below `unknown`, if that is given.
+
+    Returns:
+        integers [H, W]; the cosines float32 [H, W] where they are wanted (`best`) or needed.
+    """
+    found, cosines = label_photo(runner, photo, text, inference, taken, best or unknown is not None)
+    labels = vocabulary.to_labels(found)
+    return labels if unknown is None else mark_unknown(labels, cosines, unknown), cosines
 
 
 def run_tasks(

@@ -21,6 +21,7 @@ from lseg.files import writable_folder
 from lseg.image import SUFFIXES
 
 ROOM = 4  # frames that wait between two threads
+DEVICE = re.compile(r"(?:/dev/video)?([0-9]{1,9})")
 TIMEOUT = 10_000  # milliseconds for a URL to open, or to give its next frame
 # FFmpeg's remarks about damaged frames come from any thread at any time. OpenCV reads this once, at the first video.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -51,13 +52,18 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
 
+def is_live(source: str) -> bool:
+    """Whether a source is a device or a URL, whose frames come by the clock."""
+    return bool(DEVICE.fullmatch(source)) or "://" in source
+
+
 def open_video(source: str) -> Video:
     """Opens a video file, a URL (it has "://" in it) or a device ("0" or "/dev/video0") and reads the first frame.
 
     UserError where it does not exist, does not open, is no video, or gives no frame.
     """
     _check_text(source)
-    device = re.fullmatch(r"(?:/dev/video)?([0-9]{1,9})", source)
+    device = DEVICE.fullmatch(source)
     file, options = None, []
     if device:
         shown, wanted = f"camera {int(device[1])}", int(device[1])

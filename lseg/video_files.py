@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lseg.inference import label_photo
 from lseg.labels import palette, save_label_map
-from lseg.results import mark_unknown
+from lseg.photos import find_labels
 from lseg.runner import Runner
 from lseg.video import Video, segment_video
 from lseg.vocabulary import Vocabulary
@@ -58,9 +57,7 @@ def segment_to_files(
     output = wanted.output / f"{name}_lseg.mp4"
 
     def segment(frame: np.ndarray) -> np.ndarray:
-        labels, cosines = label_photo(runner, frame, text, wanted.inference, best=wanted.unknown is not None)
-        labels = vocabulary.to_labels(labels)
-        return labels if wanted.unknown is None else mark_unknown(labels, cosines, wanted.unknown)
+        return find_labels(runner, frame, text, vocabulary, wanted.inference, wanted.unknown)[0]
 
     def keep(index: int, _: np.ndarray, labels: np.ndarray) -> None:
         save_label_map(wanted.output / f"{name}_labels" / f"{index:06}.png", labels, names, colours)
