@@ -108,6 +108,11 @@ class Buffer:
     def address(self) -> int:
         return int(self._memory)
 
+    def write(self, stream: object, values: np.ndarray) -> None:
+        """Copies an array to the GPU by way of the host's twin, on the stream; the last such copy must be done."""
+        self.host[: values.size] = values.ravel()
+        self.upload(stream, values.size)
+
     def upload(self, stream: object, count: int) -> None:
         """Copies the first `count` elements from host to GPU, on the stream."""
         self._driver.memcpy_htod_async(self._memory, self.host[:count], stream)
@@ -116,10 +121,19 @@ class Buffer:
         """Copies the first `count` elements from GPU to host, on the stream."""
         self._driver.memcpy_dtoh_async(self.host[:count], self._memory, stream)
 
-    def fill(self, stream: object, value: float, count: int) -> None:
-        """Sets the first `count` elements, of four bytes each, on the GPU."""
-        word = int(np.array(value, self.dtype).view(np.uint32))
-        self._driver.memset_d32_async(self._memory, word, count, stream)
+    def zero(self, stream: object, count: int) -> None:
+        """Sets the first `count` elements to zero, on the stream."""
+        self._driver.memset_d8_async(self._memory, 0, count * self.dtype.itemsize, stream)
+
+    def put(self, values: np.ndarray) -> None:
+        """Copies an array to the GPU, and waits for it. Needs no twin on the host."""
+        self._driver.memcpy_htod(self._memory, np.ascontiguousarray(values))
+
+    def read(self, count: int) -> np.ndarray:
+        """The first `count` elements, in an array of its own. The stream's work must be done."""
+        values = np.empty(count, self.dtype)
+        self._driver.memcpy_dtoh(values, self._memory)
+        return values
 
     def free(self) -> None:
         if self._memory is not None:

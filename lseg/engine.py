@@ -31,7 +31,7 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # for each input: smallest, usu
 class EngineSpec:
     """What an engine is made from. Two specs that are equal give interchangeable engines."""
 
-    name: str  # "labels", "scores", "embeddings", "pass" or "text"
+    name: str  # "image", "images8", "dots" or "text"
     onnx_sha256: str  # of the exported file that the graph is prepared from
     precision: str  # "fp32", "tf32", "fp16" or "bf16"
     matmul: str  # "4d", "3d" or "2d"
@@ -170,6 +170,8 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     for shapes in spec.profiles:
+        if all(smallest == largest for smallest, _, largest in shapes.values()):
+            continue  # the graph itself has these shapes
         profile = builder.create_optimization_profile()
         for input_name, (smallest, usual, largest) in shapes.items():
             profile.set_shape(input_name, *(trt.Dims(list(shape)) for shape in (smallest, usual, largest)))

@@ -1,10 +1,9 @@
-"""A TensorRT engine in memory: a context for each of its profiles, and buffers as large as they allow."""
+"""A TensorRT engine in memory, with a context for each of its profiles."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from lseg.cuda import Buffer, Device
 from lseg.engine import import_tensorrt, make_logger
 from lseg.errors import UserError
 
@@ -13,21 +12,16 @@ TYPES["BF16"] = np.uint16  # NumPy has no bfloat16: the upper halves of float32 
 
 
 class Engine:
-    """A loaded engine with a context and buffers for each of its profiles. Use with the device current.
+    """A loaded engine. Its inputs and outputs lie where `bind` is told. Use with the device current."""
 
-    Inputs and outputs live in `buffers`, as large as the profiles allow; `bind` sets the shapes of the next run.
-    """
-
-    def __init__(self, device: Device, serialized: bytes, stream: object, shared: dict[str, Buffer] | None = None):
+    def __init__(self, serialized: bytes, stream: object):
         trt = import_tensorrt()
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._runtime.deserialize_cuda_engine(serialized)
         if self.engine is None:
             raise EngineRefused(self._logger.last_error)
-        self._trt, self._stream = trt, stream
-        self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        self.inputs = [n for n in self.names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self._stream = stream
         self.contexts = []
         for index in range(self.engine.num_optimization_profiles):
             context = self.engine.create_execution_context()
@@ -35,40 +29,37 @@ class Engine:
                 raise UserError(f"the GPU has no memory left to run the engine ({self._logger.last_error})")
             self.contexts.append(context)
         stream.synchronize()
-        self.shared = shared or {}
-        self.owned = {name: self._buffer(device, name) for name in self.names if name not in self.shared}
-        self.buffers = {**self.owned, **self.shared}
 
-    def _buffer(self, device: Device, name: str) -> Buffer:
-        largest = 0
-        for index, context in enumerate(self.contexts):
-            for other in self.inputs:
-                context.set_input_shape(other, self.engine.get_tensor_profile_shape(other, index)[2])
-            largest = max(largest, int(np.prod(context.get_tensor_shape(name))))
-        dtype = TYPES[self.engine.get_tensor_dtype(name).name]
-        return Buffer(device, (largest,), dtype, host=name != "embeddings")
+    def dtype(self, name: str) -> np.dtype:
+        """Of an input or output, as NumPy has it: see TYPES."""
+        return np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
 
-    def bind(self, shapes: dict[str, tuple[int, ...]]) -> object:
+    def bind(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> object:
         """Chooses the profile that takes these input shapes, sets shapes and addresses, and returns its context."""
         for index, context in enumerate(self.contexts):
-            ranges = {name: self.engine.get_tensor_profile_shape(name, index) for name in shapes}
-            if all(_within(shape, ranges[name]) for name, shape in shapes.items()):
+            if all(_within(shape, self._limits(name, index)) for name, shape in shapes.items()):
                 for name, shape in shapes.items():
                     if not context.set_input_shape(name, shape):
                         raise UserError(f"the engine refuses {name} of shape {list(shape)}: {self._logger.last_error}")
-                for name in self.names:
-                    context.set_tensor_address(name, self.buffers[name].address)
+                for name, address in addresses.items():
+                    context.set_tensor_address(name, address)
                 return context
-        largest = self.engine.get_tensor_profile_shape(next(iter(shapes)), len(self.contexts) - 1)[2]
-        raise UserError(f"the engine takes at most {list(largest)} at a time, not {list(next(iter(shapes.values())))}")
+        fits = "; ".join(f"{name} of {list(self._limits(name, 0)[2])}" for name in shapes)
+        given = "; ".join(f"{name} of {list(shape)}" for name, shape in shapes.items())
+        raise UserError(f"the engine takes at most {fits}, not {given}")
+
+    def _limits(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+        """The smallest, usual and largest shape of an input."""
+        fixed = tuple(self.engine.get_tensor_shape(name))
+        if -1 not in fixed:
+            return fixed, fixed, fixed
+        return tuple(tuple(shape) for shape in self.engine.get_tensor_profile_shape(name, profile))
 
     def enqueue(self, context: object) -> None:
         if not context.execute_async_v3(self._stream.handle):
             raise UserError(f"the engine failed to run ({self._logger.last_error}): free GPU memory and try again")
 
     def close(self) -> None:
-        for buffer in self.owned.values():
-            buffer.free()
         self.contexts.clear()
         self.engine = self._runtime = None
 
@@ -84,6 +75,6 @@ class EngineRefused(Exception):
     """The library does not take a serialized engine that its sidecar vouches for."""
 
 
-def _within(shape: tuple[int, ...], limits: tuple) -> bool:
-    low, _, high = (tuple(limit) for limit in limits)
+def _within(shape: tuple[int, ...], limits: tuple[tuple[int, ...], ...]) -> bool:
+    low, _, high = limits
     return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))

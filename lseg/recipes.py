@@ -13,12 +13,12 @@ from lseg.tensorfile import sha256
 if TYPE_CHECKING:
     import onnx
 
-RECIPE = 2  # raise it when a graph below changes: engines of an older recipe are built again
+RECIPE = 3  # raise it when a graph below changes: engines of an older recipe are built again
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
-LABELS_IN_BATCH = LABELS_A_PASS // MAX_BATCH  # scores of a batch then take no more memory: 300 MB
 USUAL_LABELS = 8
 TOKEN_MULTIPLE = 8  # a ViT's tokens are padded to a multiple of this
+IMAGE = {1: "image", MAX_BATCH: f"images{MAX_BATCH}"}  # engines of the image encoder, by batch
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,27 @@ class Recipe:
         """Height and width of z, the head's output: 120."""
         return 4 * self.config["image_size"] // self.config["patch_size"]
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """What the image encoder takes at a time, the largest first: the 2-D form one image, others eight as well."""
+        return (1,) if self.matmul == "2d" else (MAX_BATCH, 1)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of all engines."""
+        return (*(IMAGE[batch] for batch in self.batches), "dots", "text")
+
     def spec(self, name: str) -> EngineSpec:
-        """The spec of the engine `name`: "labels", "embeddings", "scores", "pass" or "text"."""
+        """The spec of an engine: "image" (one at a time), "images8", "dots" or "text"."""
         file = TEXT_ONNX if name == "text" else IMAGE_ONNX
         extra: dict[str, object] = {"recipe": RECIPE, "token_multiple": TOKEN_MULTIPLE}
-        if self.matmul == "2d" and name in ("labels", "embeddings", "scores"):
+        if self.matmul == "2d" and name in IMAGE.values():
             extra["heads_per_product"] = self.heads_per_product
         return EngineSpec(
             name=name,
             onnx_sha256=sha256(self.folder / file),
             precision=self.text_precision if name == "text" else self.precision,
-            matmul="4d" if name == "text" and self.matmul == "2d" else self.matmul,
+            matmul="4d" if name in ("text", "dots") and self.matmul == "2d" else self.matmul,
             profiles=self.profiles(name),
             recipe=extra,
             optimization_level=self.optimization_level,
@@ -66,36 +76,19 @@ class Recipe:
         return self.precision if self.precision == "tf32" else "fp32"
 
     def profiles(self, name: str) -> tuple[Profile, ...]:
-        """One profile for a single image, tuned to it, and one for batches."""
+        """Fixed shapes for the image encoder; up to 256 labels at a time for the others."""
         size, dimension = self.config["image_size"], self.config["embedding"]
         if name == "text":
             return ({"tokens": ((1, 77), (USUAL_LABELS, 77), (LABELS_A_PASS, 77))},)
-        batches = ((1, 1, 1),) if self.matmul == "2d" else ((1, 1, 1), (2, MAX_BATCH, MAX_BATCH))
-        profiles = []
-        for batch in batches[:1] if name in ("pass", "scores") else batches:
-            most = LABELS_A_PASS if batch[2] == 1 else LABELS_IN_BATCH
-            text = tuple((n, dimension) for n in (1, USUAL_LABELS, most))
-            pixels = tuple((b, size, size, 3) for b in batch)
-            full = tuple((b, size, size) for b in batch)
-            wide = tuple((b, dimension, 2 * self.side, 2 * self.side) for b in batch)
-            profiles.append(
-                {
-                    "labels": {"pixels": pixels, "text": text},
-                    "embeddings": {"pixels": pixels},
-                    "scores": {"image": tuple((b, 3, size, size) for b in batch), "text": text},
-                    "pass": {
-                        "embeddings": wide,
-                        "text": text,
-                        "offset": ((1,), (1,), (1,)),
-                        "best_before": full,
-                        "labels_before": full,
-                    },
-                }[name]
-            )
-        return tuple(profiles)
+        if name in IMAGE.values():
+            shape = (self._batch(name), 3, size, size)
+            return ({"image": (shape, shape, shape)},)
+        texts = tuple((n, dimension) for n in (1, USUAL_LABELS, LABELS_A_PASS))
+        shapes = [(batch, dimension, self.side, self.side) for batch in self.batches]
+        return tuple({"z": (shape, shape, shape), "text": texts} for shape in shapes)
 
     def prepare(self, name: str) -> onnx.ModelProto:
-        """The ONNX graph of the engine `name`, in its precision and form."""
+        """The ONNX graph of an engine, in its precision and form; "labels", which is no engine, is for files."""
         import onnx
 
         from lseg import scoring
@@ -103,10 +96,10 @@ class Recipe:
         from lseg.precision import to_bfloat16, to_float16
         from lseg.rewrite import rewrite_matmuls
 
-        types = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
-        if name == "pass":
+        if name == "dots":
+            types = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
             kind = types.get(self.precision, onnx.TensorProto.FLOAT)
-            return scoring.pass_graph(kind, self.config["embedding"], self.side)
+            return scoring.dot_graph(kind, self.config["embedding"], self.side)
         if name == "text":
             return rewrite_matmuls(scoring.load_encoder(self.folder / TEXT_ONNX), self.spec("text").matmul)
         core = scoring.cut_head(scoring.load_encoder(self.folder / IMAGE_ONNX))
@@ -115,8 +108,10 @@ class Recipe:
         else:
             core = pad_tokens(rewrite_matmuls(core, self.matmul), TOKEN_MULTIPLE)
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
-        return {
-            "labels": scoring.label_graph,
-            "embeddings": scoring.embedding_graph,
-            "scores": scoring.score_graph,
-        }[name](core)
+        if name == "labels":
+            return scoring.label_graph(core)
+        return scoring.fix_batch(core, self._batch(name))
+
+    @staticmethod
+    def _batch(name: str) -> int:
+        return next(batch for batch, engine in IMAGE.items() if engine == name)

@@ -22,8 +22,9 @@ from lseg.onnx_file import (
     parse_metadata,
     remedy_for,
 )
-from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, segment_in_stages
+from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, Timings, segment_in_stages
 from lseg.weights import REMEDY, resolve
+from lseg.windows import Inference, label_windows
 
 TEXT_REMEDY = "give CLIP ViT-B/32's text encoder, or leave --text-onnx out"
 
@@ -159,6 +160,11 @@ class OnnxRuntimeRunner:
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
         return self._scoring(self._embed(images), text, ("scores",))[0]
+
+    def label_windows(
+        self, photo: np.ndarray, text: np.ndarray, how: Inference, best: bool, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return label_windows(self.scores, self.image_size, photo, text, how, timings)
 
     def _embed(self, images: np.ndarray) -> ort.OrtValue:
         """float32 [B, 3, S, S] to embeddings that stay on the device."""

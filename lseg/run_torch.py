@@ -12,6 +12,7 @@ from lseg import checkpoint
 from lseg.image import normalise
 from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, Timings, segment_in_stages
 from lseg.similarity import Similarity
+from lseg.windows import Inference, label_windows
 
 PIPELINE_SCORES = 512  # images times labels that the float16 pipeline takes: 236 MB of scores, upsampled
 
@@ -110,6 +111,11 @@ class TorchRunner:
     @torch.inference_mode()
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
         return self.scoring(self._embed(images), self._text(text))[2].float().cpu().numpy()
+
+    def label_windows(
+        self, photo: np.ndarray, text: np.ndarray, how: Inference, best: bool, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return label_windows(self.scores, self.image_size, photo, text, how, timings)
 
     @torch.inference_mode()
     def _embed(self, images: np.ndarray) -> torch.Tensor:

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from lseg.errors import UserError
 from lseg.image import normalise
+
+if TYPE_CHECKING:
+    from lseg.windows import Inference
 
 # Labels scored in one pass of a batch of one. The scores at 240 x 240 and at 480 x 480 take 1.15 MB a label: a pass
 # stays under 150 MB, whatever the number of labels.
@@ -101,6 +104,15 @@ class Runner(Protocol):
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
         """images float32 [B, 3, S, S], normalised, and texts float32 [N, D] to cosines float32 [B, N, S, S]."""
+        ...
+
+    def label_windows(
+        self, photo: np.ndarray, text: np.ndarray, how: Inference, best: bool, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """A photo uint8 [H, W, 3] in windows: labels int32 [H, W]; with `best` the sums of their cosines, float32.
+
+        The sums are over `how`'s scales and directions. Each stage's milliseconds are added to `timings`.
+        """
         ...
 
     def close(self) -> None: ...

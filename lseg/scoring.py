@@ -1,8 +1,10 @@
-"""The graphs that TensorRT's engines are built from: pixels in, and labels or embeddings out.
+"""The graphs around an exported image encoder: cut off at z for engines, or with labels for its end.
 
 An exported image encoder ends with z, the head's output at 120 x 120 [B, D, h, h], which is upsampled, divided by its
 length and given out. A label map needs less: the scores' numerators are linear in z, t . up(z) = up(t . z), so N
 channels are upsampled instead of D, and of up(z) only its length is needed, which is never written out by channel.
+TensorRT's engines end with z and with t . z; what follows are the kernels of kernels.cu. `label_graph` is all of it in
+ONNX, for other runtimes.
 """
 
 from __future__ import annotations
@@ -94,20 +96,6 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def score_graph(core: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph of windows: `image` float32 [B, 3, S, S], normalised, and `text` to `scores` float32 [B, N, S, S]."""
-    model = onnx.ModelProto()
-    model.CopyFrom(core)
-    z = core.graph.output[0]
-    batch, _, side, _ = _dims(z)
-    del model.graph.output[:], model.graph.value_info[:]  # a rewriting may have left its types behind
-    shape = [batch, "N", 4 * side, 4 * side]
-    model.graph.output.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, shape))
-    build = _Graph(model.graph, "scores")
-    _double(build, _cosines(build, z), output="scores")
-    return model
-
-
 def _cosines(build: _Graph, z: onnx.ValueInfoProto) -> str:
     """Adds the input `text` float32 [N, D] and what gives its cosines with the pixels, float32 [B, N, 2h, 2h]."""
     _, dimension, side, _ = _dims(z)
@@ -122,49 +110,35 @@ def _cosines(build: _Graph, z: onnx.ValueInfoProto) -> str:
     return build.op("Div", dot, length)
 
 
-def embedding_graph(core: onnx.ModelProto) -> onnx.ModelProto:
-    """The features graph around an encoder that ends with z: `pixels` to `embeddings` [B, D, 2h, 2h] in z's type."""
-    model, z = _with_pixels(core)
-    graph, kind = model.graph, z.type.tensor_type.elem_type
-    batch, dimension, side, _ = _dims(z)
-    graph.output.append(helper.make_tensor_value_info("embeddings", kind, [batch, dimension, 2 * side, 2 * side]))
-    build = _Graph(graph, "embeddings")
-    x = build.op("Cast", _double(build, z.name), to=TensorProto.FLOAT)
-    x = build.op("Div", x, build.op("ReduceL2", x, axes=[1], keepdims=1))
-    build.op("Cast", x, to=kind, output="embeddings")
-    return model
-
-
-def pass_graph(kind: int, dimension: int, side: int, opset: int = 17) -> onnx.ModelProto:
-    """One pass over a group of labels, for more labels than one pass holds: a running maximum.
-
-    Takes `embeddings` [B, D, 2h, 2h] of type `kind`, `text` float32 [N, D], `offset` float32 [1] (the group's first
-    index), and `best_before`, `labels_before` float32 [B, 4h, 4h]; gives `best` and `labels` float32 of that shape.
-    A tie stays with the earlier label.
-    """
-    graph = onnx.GraphProto(name="pass")
-    full = ["B", 4 * side, 4 * side]
+def dot_graph(kind: int, dimension: int, side: int, opset: int = 17) -> onnx.ModelProto:
+    """Dot products of texts with z: `z` [B, D, h, h] of type `kind`, `text` float32 [N, D] to `dots` [B, N, h * h]."""
+    graph = onnx.GraphProto(name="dots")
     graph.input.extend(
         [
-            helper.make_tensor_value_info("embeddings", kind, ["B", dimension, 2 * side, 2 * side]),
+            helper.make_tensor_value_info("z", kind, ["B", dimension, side, side]),
             helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]),
-            helper.make_tensor_value_info("offset", TensorProto.FLOAT, [1]),
-            helper.make_tensor_value_info("best_before", TensorProto.FLOAT, full),
-            helper.make_tensor_value_info("labels_before", TensorProto.FLOAT, full),
         ]
     )
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, full) for name in ("best", "labels"))
-    build = _Graph(graph, "pass")
-    flat = build.op("Reshape", "embeddings", build.ints(0, dimension, 4 * side * side))
-    dot = build.op("MatMul", build.op("Cast", "text", to=kind), flat)  # [B, N, 2h*2h]
-    dot = build.op("Reshape", build.op("Cast", dot, to=TensorProto.FLOAT), build.ints(0, -1, 2 * side, 2 * side))
-    scores = _double(build, dot)  # [B, N, 4h, 4h]
-    index = build.op("Cast", build.op("ArgMax", scores, axis=1, keepdims=0), to=TensorProto.FLOAT)
-    best = build.op("ReduceMax", scores, axes=[1], keepdims=0)
-    better = build.op("Greater", best, "best_before")
-    build.op("Where", better, best, "best_before", output="best")
-    build.op("Where", better, build.op("Add", index, "offset"), "labels_before", output="labels")
+    graph.output.append(helper.make_tensor_value_info("dots", kind, ["B", "N", side * side]))
+    build = _Graph(graph, "dots")
+    flat = build.op("Reshape", "z", build.ints(0, dimension, side * side))
+    build.op("MatMul", build.op("Cast", "text", to=kind), flat, output="dots")
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def fix_batch(core: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """The encoder for exactly `batch` images, `image` to `z`: builders tune fixed shapes better than ranges."""
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    graph = model.graph
+    del graph.value_info[:]  # a rewriting may have left types with the free batch behind
+    for value in (graph.input[0], graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["z" if name == graph.output[0].name else name for name in names]
+    graph.output[0].name = "z"
+    return model
 
 
 def _with_pixels(core: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ValueInfoProto]:

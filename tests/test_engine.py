@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lseg import checkpoint, engine, specs
+from lseg import checkpoint, engine, recipes, specs
 from lseg.engine import EngineSpec, engine_path, get_engine, mismatch, provenance
 from lseg.errors import UserError
 from lseg.export import export_onnx
@@ -49,12 +49,12 @@ def ranks_of_products(trt, serialized_onnx: bytes) -> set[tuple[int, int]]:
     return {tuple(len(layer.get_input(i).shape) for i in (0, 1)) for layer in products}
 
 
-EVERY = ("labels", "embeddings", "scores", "pass", "text")
+EVERY = ()
 BUILDS = [(precision, matmul, EVERY) for precision in ("fp32", "fp16") for matmul in ("4d", "2d")] + [
-    ("tf32", "4d", ("labels", "text")),
-    ("bf16", "4d", ("labels", "embeddings", "pass")),
-    ("bf16", "2d", ("labels",)),
-    ("fp16", "3d", ("labels", "text")),
+    ("tf32", "4d", ("image", "text")),
+    ("bf16", "4d", ("image", "images8", "dots")),
+    ("bf16", "2d", ("image",)),
+    ("fp16", "3d", ("image", "text")),
 ]
 
 
@@ -63,7 +63,7 @@ BUILDS = [(precision, matmul, EVERY) for precision in ("fp32", "fp16") for matmu
 )
 def test_every_engine_builds(trt, exported, tmp_path, precision, matmul, engines):
     made = recipe(exported, precision, matmul)
-    for name in engines:
+    for name in engines or made.engines:
         spec = made.spec(name)
         assert get_engine(spec, lambda name=name: made.prepare(name), tmp_path, DEVICE, say=lambda _: None)
         path = engine_path(tmp_path, provenance(spec, DEVICE))
@@ -93,37 +93,42 @@ def full_size(tmp_path_factory):
 def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
     """ViT-L/16 at 480 x 480: half a minute and 5 GB each."""
     made = recipe(full_size, precision, matmul)
-    assert len(get_engine(made.spec("labels"), lambda: made.prepare("labels"), tmp_path, DEVICE)) > 5e8
+    assert len(get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path, DEVICE)) > 5e8
 
 
 def test_ranks_in_the_parsed_network(trt, exported):
     ranks = {
-        form: ranks_of_products(trt, recipe(exported, "fp32", form).prepare("labels").SerializeToString())
+        form: ranks_of_products(trt, recipe(exported, "fp32", form).prepare("image").SerializeToString())
         for form in ("4d", "3d")
     }
     assert (4, 4) in ranks["4d"]
     assert max(max(pair) for pair in ranks["3d"]) == 3
 
 
-def test_profiles_bound_the_scores(exported):
-    """A batch times its labels never exceeds 256, so that scores take at most 300 MB."""
-    for matmul in ("4d", "2d"):
-        for profile in recipe(exported, "fp16", matmul).profiles("labels"):
-            assert profile["pixels"][2][0] * profile["text"][2][0] <= 256
-    batches = [profile["pixels"] for profile in recipe(exported).profiles("labels")]
-    assert [(low[0], high[0]) for low, _, high in batches] == [(1, 1), (2, 8)]
+def test_what_each_engine_takes(exported):
+    """The image encoder one image or eight, in the 2-D form one; texts any number up to 256."""
+    for matmul, batches in (("4d", [8, 1]), ("2d", [1])):
+        made = recipe(exported, "fp16", matmul)
+        assert [profile["z"][0][0] for profile in made.profiles("dots")] == list(made.batches) == batches
+        assert all([shape[0] for shape in profile["text"]] == [1, 8, 256] for profile in made.profiles("dots"))
+        for batch in batches:
+            graph = made.prepare(recipes.IMAGE[batch]).graph
+            (image,), (z,) = graph.input, graph.output
+            assert (image.name, z.name) == ("image", "z")
+            assert [d.dim_value for d in image.type.tensor_type.shape.dim] == [batch, 3, 64, 64]
+            assert [d.dim_value for d in z.type.tensor_type.shape.dim] == [batch, 24, 16, 16]
 
 
 @pytest.fixture
 def built(trt, exported, tmp_path):
     """A small engine on disk: its spec, path, and a function that asks for it and counts builds."""
     made = recipe(exported)
-    spec, calls, lines = made.spec("pass"), [], []
+    spec, calls, lines = made.spec("dots"), [], []
 
     def get() -> bytes:
         def prepare():
             calls.append(1)
-            return made.prepare("pass")
+            return made.prepare("dots")
 
         return get_engine(spec, prepare, tmp_path, DEVICE, lines.append)
 
@@ -167,11 +172,9 @@ def change(path: Path, **values: object) -> None:
 
 def test_names_tell_engines_apart(trt, exported):
     made = recipe(exported)
-    one = engine_path(Path(), provenance(made.spec("labels"), DEVICE))
-    other_gpu = engine_path(
-        Path(), provenance(made.spec("labels"), SimpleNamespace(name="x", compute_capability="8.9"))
-    )
-    assert one != other_gpu and one.name.startswith("labels_fp32_4d_sm89_trt")
+    one = engine_path(Path(), provenance(made.spec("image"), DEVICE))
+    other_gpu = engine_path(Path(), provenance(made.spec("image"), SimpleNamespace(name="x", compute_capability="8.9")))
+    assert one != other_gpu and one.name.startswith("image_fp32_4d_sm89_trt")
 
 
 def build_in_process(exported: Path, folder: Path, queue) -> None:
@@ -182,9 +185,9 @@ def build_in_process(exported: Path, folder: Path, queue) -> None:
 
     def prepare():
         calls.append(1)
-        return made.prepare("pass")
+        return made.prepare("dots")
 
-    get_engine(made.spec("pass"), prepare, folder, DEVICE, lambda _: None)
+    get_engine(made.spec("dots"), prepare, folder, DEVICE, lambda _: None)
     queue.put(len(calls))
 
 
@@ -198,17 +201,17 @@ def test_two_processes_build_one_engine(trt, exported, tmp_path):
     for process in processes:
         process.join()
     assert sorted(counts) == [0, 1]
-    made = provenance(recipe(exported).spec("pass"), DEVICE)
+    made = provenance(recipe(exported).spec("dots"), DEVICE)
     assert mismatch(engine_path(tmp_path, made), made) is None
 
 
 def test_a_rejected_graph_names_the_node(trt, exported, tmp_path):
     import onnx
 
-    model = recipe(exported).prepare("pass")
+    model = recipe(exported).prepare("dots")
     model.graph.node[0].op_type = "NoSuchOperation"
-    spec = EngineSpec("pass", "0", "fp32", "4d", recipe(exported).profiles("pass"))
-    with pytest.raises(UserError, match=r"rejects the pass graph at node 0 \(NoSuchOperation .*\): .*; export"):
+    spec = EngineSpec("dots", "0", "fp32", "4d", recipe(exported).profiles("dots"))
+    with pytest.raises(UserError, match=r"rejects the dots graph at node 0 \(NoSuchOperation .*\): .*; export"):
         get_engine(
             spec, lambda: onnx.ModelProto.FromString(model.SerializeToString()), tmp_path, DEVICE, lambda _: None
         )
@@ -218,8 +221,8 @@ def test_a_rejected_graph_names_the_node(trt, exported, tmp_path):
 def test_a_failed_build_leaves_nothing(trt, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
     made = recipe(exported)
-    with pytest.raises(UserError, match="cannot build the pass engine"):
-        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path, DEVICE, lambda _: None)
+    with pytest.raises(UserError, match="cannot build the dots engine"):
+        get_engine(made.spec("dots"), lambda: made.prepare("dots"), tmp_path, DEVICE, lambda _: None)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
@@ -227,7 +230,7 @@ def test_a_folder_that_cannot_be_written(trt, exported, tmp_path):
     (tmp_path / "file").write_text("")
     made = recipe(exported)
     with pytest.raises(UserError, match=r"file/engines cannot be written .*--engines"):
-        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path / "file" / "engines", DEVICE, print)
+        get_engine(made.spec("dots"), lambda: made.prepare("dots"), tmp_path / "file" / "engines", DEVICE, print)
 
 
 def test_an_old_tensorrt_is_named(trt, exported, tmp_path, monkeypatch):
@@ -236,7 +239,7 @@ def test_an_old_tensorrt_is_named(trt, exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     made = recipe(exported)
     with pytest.raises(UserError, match=r"TensorRT 8\.6\.1 has no strongly typed networks: install 10 or later"):
-        get_engine(made.spec("pass"), lambda: made.prepare("pass"), tmp_path, DEVICE, lambda _: None)
+        get_engine(made.spec("dots"), lambda: made.prepare("dots"), tmp_path, DEVICE, lambda _: None)
 
 
 def test_without_tensorrt(monkeypatch):

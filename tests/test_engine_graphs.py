@@ -15,6 +15,7 @@ from lseg.loaded_engine import to_float32
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 from lseg.padding import pad_tokens
 from lseg.precision import to_bfloat16
+from lseg.recipes import IMAGE
 from lseg.similarity import Similarity
 from tests.checkpoints import export_tiny
 from tests.checkpoints import tiny_recipe as recipe
@@ -70,48 +71,34 @@ def test_labels(exported, seed, precision, matmul):
 
 
 @pytest.mark.parametrize(("precision", "matmul"), FORMS)
-def test_embeddings(exported, seed, precision, matmul):
+def test_the_encoder_ends_with_z(exported, seed, precision, matmul):
+    """The head's output, which upsampled and divided by its length is the embeddings."""
     folder, weights = exported
-    pixels, text = random_inputs(seed, weights, 1 if matmul == "2d" else 3, 1)
-    (found,) = run(recipe(folder, precision, matmul).prepare("embeddings"), {"pixels": pixels})
-    expected = reference(weights, pixels, text)[0]
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error <= (1e-5 if precision == "fp32" else 2e-2), error
-    assert found.dtype == (np.float32 if precision == "fp32" else np.float16)
-
-
-def test_passes_keep_a_running_maximum(exported, seed):
-    folder, weights = exported
-    pixels, text = random_inputs(seed, weights, 1, 70)
-    embeddings, expected, _ = reference(weights, pixels, text)
-    model = recipe(folder, "fp32", "4d").prepare("pass")
-    size = weights.image_config.image_size
-    best, labels = np.full((1, size, size), -2, np.float32), np.zeros((1, size, size), np.float32)
-    for start in range(0, 70, 32):
-        best, labels = run(
-            model,
-            {
-                "embeddings": embeddings.astype(np.float32),
-                "text": text[start : start + 32],
-                "offset": np.array([start], np.float32),
-                "best_before": best,
-                "labels_before": labels,
-            },
+    made = recipe(folder, precision, matmul)
+    for batch in made.batches:
+        pixels, text = random_inputs(seed, weights, batch, 1)
+        images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255 * 2 - 1
+        (z,) = run(made.prepare(IMAGE[batch]), {"image": images})
+        assert z.dtype == (np.float32 if precision == "fp32" else np.float16)
+        wide = torch.nn.functional.interpolate(
+            torch.from_numpy(z).double(), scale_factor=2, mode="bilinear", align_corners=True
         )
-    assert (labels == expected).mean() >= 0.999
+        found = (wide / wide.norm(dim=1, keepdim=True)).numpy()
+        expected = reference(weights, pixels, text)[0]
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert error <= (1e-5 if precision == "fp32" else 2e-2), error
 
 
-def test_a_tie_stays_with_the_earlier_label(exported, seed):
-    folder, weights = exported
-    pixels, text = random_inputs(seed, weights, 1, 1)
-    embeddings = reference(weights, pixels, text)[0].astype(np.float32)
-    model = recipe(folder, "fp32", "4d").prepare("pass")
-    size = weights.image_config.image_size
-    before = np.full((1, size, size), -2, np.float32)
-    inputs = {"embeddings": embeddings, "text": text}
-    first = run(model, inputs | {"offset": np.float32([0]), "best_before": before, "labels_before": before})
-    again = run(model, inputs | {"offset": np.float32([1]), "best_before": first[0], "labels_before": first[1]})
-    assert (again[1] == 0).all()
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dot_products(exported, seed, precision):
+    rng, kind = np.random.default_rng(seed), {"fp32": np.float32, "fp16": np.float16}[precision]
+    for batch, texts in ((1, 1), (1, 256), (8, 3)):
+        z = rng.standard_normal((batch, 24, 16, 16)).astype(kind)
+        text = rng.standard_normal((texts, 24)).astype(np.float32)
+        (found,) = run(recipe(exported[0], precision).prepare("dots"), {"z": z, "text": text})
+        expected = text.astype(np.float64) @ z.reshape(batch, 24, -1).astype(np.float64)
+        assert found.dtype == kind
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) <= (1e-6 if precision == "fp32" else 1e-3)
 
 
 @pytest.mark.parametrize("matmul", ["4d", "3d"])
@@ -148,7 +135,7 @@ def test_padding_changes_no_number(exported, seed):
 
 def test_padding_refuses_a_graph_without_a_vit():
     with pytest.raises(UserError, match="no ViT"):
-        pad_tokens(scoring.pass_graph(onnx.TensorProto.FLOAT, 8, 4))
+        pad_tokens(scoring.dot_graph(onnx.TensorProto.FLOAT, 8, 4))
 
 
 def test_only_an_image_encoder_has_a_head_to_cut(exported):
@@ -166,14 +153,14 @@ def test_only_an_image_encoder_has_a_head_to_cut(exported):
 def test_types_and_reductions(exported, precision, matmul):
     """Layer norms and lengths are float32 in every form, and no reduction takes its axes as an input."""
     folder, _ = exported
-    for name in ("labels", "embeddings", "pass"):
+    for name in ("labels", "image", "dots"):
         model = onnx.shape_inference.infer_shapes(recipe(folder, precision, matmul).prepare(name))
         onnx.checker.check_model(model)
         types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
         for node in model.graph.node:
             if node.op_type in ("LayerNormalization", "ReduceL2"):
                 assert types[node.output[0]] == onnx.TensorProto.FLOAT, node.name
-            if node.op_type == "Softmax" and name != "pass":
+            if node.op_type == "Softmax":
                 assert types[node.output[0]] == (
                     onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT
                 )
@@ -200,19 +187,3 @@ def test_bfloat16_weights_are_rounded_from_float32(exported, seed):
         if node.op_type in ("LayerNormalization", "ConvTranspose"):
             assert all(kinds[name] == TensorProto.FLOAT for name in node.input if name in kinds)
     assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
-
-
-def test_a_score_graph_gives_the_cosines_of_windows(exported, seed):
-    """From normalised images: what the labels are the argmax of."""
-    rng, encoder = np.random.default_rng(seed), scoring.load_encoder(exported[0] / IMAGE_ONNX)
-    images = rng.uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
-    text = rng.standard_normal((5, 24)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
-    graph = scoring.score_graph(scoring.cut_head(encoder))
-    (found,) = run(graph, {"image": images, "text": text})
-    (embeddings,) = run(encoder, {"image": images})
-    small = np.einsum("nd,bdhw->bnhw", text.astype(np.float64), embeddings)
-    wide = torch.nn.functional.interpolate(
-        torch.from_numpy(small), scale_factor=2, mode="bilinear", align_corners=True
-    ).numpy()
-    assert np.linalg.norm(found - wide) / np.linalg.norm(wide) < 1e-5

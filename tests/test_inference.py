@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lseg import inference
+import lseg.windows
 from lseg.errors import UserError
-from lseg.inference import MODES, resize_aligned, scaled_size, segment_photo, windows
+from lseg.inference import segment_photo
 from lseg.runner import Timings, open_runner
+from lseg.windows import MODES, Inference, resize_aligned, scaled_size, windows
 
 SIZE = 64  # of the tiny weights' network
 
@@ -92,8 +93,8 @@ def test_equals_the_official_protocol(runners, mode, shape, seed):
 def test_many_labels_go_in_rounds(runners, mode, monkeypatch, seed):
     photo, text = draw(seed, 50, 90, labels=23)
     whole = segment_photo(runners["torch"], photo, text, mode)
-    monkeypatch.setattr(inference, "LABELS_A_ROUND", 7)
-    monkeypatch.setattr(inference, "STRIP", 1000)
+    monkeypatch.setattr(lseg.windows, "LABELS_A_ROUND", 7)
+    monkeypatch.setattr(lseg.windows, "STRIP", 1000)
     assert np.array_equal(segment_photo(runners["torch"], photo, text, mode), whole)
 
 
@@ -111,7 +112,7 @@ def test_whole_is_one_call(runners, seed):
 def test_the_mirrored_photo_gives_the_mirrored_map(runners, seed, monkeypatch):
     """With the mirror on and one window that holds the photo exactly, nothing tells left from right."""
     photo, text = draw(seed, SIZE, SIZE, labels=5)
-    monkeypatch.setitem(MODES, "mirror", inference.Inference((480 / 520,), mirror=True))
+    monkeypatch.setitem(MODES, "mirror", Inference((480 / 520,), mirror=True))
     labels = segment_photo(runners["torch"], photo, text, "mirror")
     mirrored = segment_photo(runners["torch"], np.ascontiguousarray(photo[:, ::-1]), text, "mirror")
     assert (labels[:, ::-1] == mirrored).mean() >= 0.999

@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 from lseg.benchmark import machine, summarise  # noqa: E402
 from lseg.cuda import Device  # noqa: E402
 from lseg.image import labels_to_photo, read_image, to_pixels  # noqa: E402
+from lseg.inference import label_photo  # noqa: E402
 from lseg.metrics import class_iou, confusion  # noqa: E402
 from lseg.run_tensorrt import TensorRTRunner  # noqa: E402
 from lseg.runner import EngineOptions  # noqa: E402
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
             entry["first_result_seconds"] = round(time.perf_counter() - start, 1)
             print(form, "first result after", entry["first_result_seconds"], "s", flush=True)
             entry["speed"] = speed(runner, pixels, args.repeats, rng)
-            entry["layers_ms"] = profile(runner, pixels[:1], unit(rng, 8))
+            entry["layers_ms"] = profile(runner)
             save(report, args.output)
             if not args.speed:
                 entry["accuracy"] = accuracy(runner, args)
@@ -93,15 +94,13 @@ def speed(runner: TensorRTRunner, pixels: np.ndarray, repeats: int, rng: np.rand
     """From uint8 images in host memory to label maps in host memory, with and without CUDA graphs."""
     result = {}
     for batch, labels in ((1, 8), (1, 150), (8, 8)):
-        if batch > 1 and runner.matmul == "2d":
+        if batch > 1 and runner.identity.matmul == "2d":
             continue
         text, images = unit(rng, labels), pixels[:batch]
         for graphs in (True, False):
             runner.use_graphs = graphs
-            if not graphs:
-                for graph in runner._graphs.values():
-                    graph.close()
-                runner._graphs.clear()
+            with runner.device:
+                runner.forget_graphs()
             taken = []
             for turn in range(repeats + 20):
                 start = time.perf_counter()
@@ -115,8 +114,8 @@ def speed(runner: TensorRTRunner, pixels: np.ndarray, repeats: int, rng: np.rand
     return result
 
 
-def profile(runner: TensorRTRunner, pixels: np.ndarray, text: np.ndarray, runs: int = 30) -> dict[str, float]:
-    """Mean milliseconds of the labels engine's slowest layers. The sum exceeds a run's time: layers are timed apart."""
+def profile(runner: TensorRTRunner, runs: int = 30) -> dict[str, float]:
+    """Mean milliseconds of the image engine's slowest layers. The sum exceeds a run's time: layers are timed apart."""
     import tensorrt
 
     taken: dict[str, float] = {}
@@ -126,16 +125,15 @@ def profile(runner: TensorRTRunner, pixels: np.ndarray, text: np.ndarray, runs: 
             taken[name] = taken.get(name, 0.0) + milliseconds / runs
 
     with runner.device:
-        engine = runner._engine("labels")
+        stages = runner.stages
+        engine = stages.engine("image")
         context = engine.engine.create_execution_context()  # its own: a profiler stays with a context
-        for name, shape in (("pixels", pixels.shape), ("text", text.shape)):
-            context.set_input_shape(name, shape)
-        for name in engine.names:
-            context.set_tensor_address(name, engine.buffers[name].address)
+        for name, buffer in (("image", "images"), ("z", "z")):
+            context.set_tensor_address(name, stages.buffer(buffer, 1).address)
         context.profiler = Profiler()
         for _ in range(runs):
             engine.enqueue(context)
-            runner.stream.synchronize()
+            stages.stream.synchronize()
     slowest = dict(sorted(taken.items(), key=lambda pair: -pair[1])[:40])
     print(f"  {len(taken)} layers, {sum(taken.values()):.3f} ms in all", flush=True)
     for name, milliseconds in slowest.items():
@@ -176,6 +174,14 @@ def accuracy(runner: TensorRTRunner, args: argparse.Namespace) -> dict:
         assert np.array_equal(asked.labels[0], found) and np.array_equal(again.labels[0], found)
         off = np.abs(asked.best[0] - reference[f"random_best_{count}"].astype(np.float32)).max()
         result[f"largest_cosine_difference_{count}_labels"] = float(off)
+    whole = read_image(ROOT / "image" / "temple.jpg")
+    for mode in ("window", "multiscale"):
+        start = time.perf_counter()
+        found, best = label_photo(runner, whole, reference["random_text"][:150], mode)
+        result[f"{mode}_150_labels_first_ms"] = (time.perf_counter() - start) * 1e3
+        result[f"{mode}_150_labels_percent"] = float((found == reference[f"{mode}_labels"]).mean()) * 100
+        off = np.abs(best - reference[f"{mode}_best"].astype(np.float32)).max()
+        result[f"{mode}_largest_cosine_difference"] = float(off)
     embeddings = runner.encode_image(photo[None])[0]
     sample = embeddings[:, ::8, ::8]
     result["embedding_cosine_min"] = float((sample * reference["photo_embeddings"]).sum(axis=0).min())

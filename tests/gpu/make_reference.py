@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 
 from lseg.dataset import find_dataset  # noqa: E402
 from lseg.image import read_image, to_pixels  # noqa: E402
+from lseg.inference import label_photo  # noqa: E402
 from lseg.run_torch import TorchRunner  # noqa: E402
 from lseg.tokenizer import Tokenizer  # noqa: E402
 
@@ -30,6 +31,8 @@ def main(dataset: Path, output: Path) -> None:
         photos = [photo for photo, _ in data.pairs]
         labels = [runner.segment(to_pixels(read_image(photo))[None], text).labels[0] for photo in photos]
         temple = to_pixels(read_image(ROOT / "image" / "temple.jpg"))[None]
+        whole = read_image(ROOT / "image" / "temple.jpg")
+        modes = {mode: label_photo(runner, whole, random_text[:150], mode) for mode in ("window", "multiscale")}
         found = {n: runner.segment(temple, random_text[:n], best=True) for n in (1, 2, 8, 150, 1000)}
         np.savez_compressed(
             output,
@@ -40,6 +43,8 @@ def main(dataset: Path, output: Path) -> None:
             photo_labels=runner.segment(temple, text).labels[0].astype(np.uint8),
             photo_embeddings=runner.encode_image(temple)[0][:, ::8, ::8],
             random_text=random_text,
+            **{f"{mode}_labels": labels.astype(np.uint8) for mode, (labels, _) in modes.items()},
+            **{f"{mode}_best": best.astype(np.float16) for mode, (_, best) in modes.items()},
             **{f"random_labels_{n}": each.labels[0].astype(np.uint16) for n, each in found.items()},
             **{f"random_best_{n}": each.best[0].astype(np.float16) for n, each in found.items()},
         )

@@ -1,0 +1,178 @@
+"""The TensorRT backend on a stand-in GPU (see gpu_stand_in.py), against PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lseg import gpu_windows, run_tensorrt
+from lseg.errors import UserError
+from lseg.inference import label_photo
+from lseg.recipes import IMAGE
+from lseg.run_tensorrt import TensorRTRunner
+from lseg.runner import EngineOptions, Timings, open_runner
+from tests.gpu_stand_in import compile_kernels, stand_in
+
+EXACT, HALF = 1e-5, 1e-2  # of cosines and embeddings, in float32 and float16
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def driver(library, monkeypatch):
+    return stand_in(monkeypatch, library)
+
+
+@pytest.fixture(scope="module")
+def torch_runner(tiny):
+    with open_runner("torch", *tiny) as runner:
+        yield runner
+
+
+@pytest.fixture
+def opened(driver, tiny, tmp_path):
+    """Opens the backend; afterwards, every byte that it took must be free."""
+    runners = []
+
+    def open_it(precision: str = "fp32", matmul: str = "4d", **more: object) -> TensorRTRunner:
+        runners.append(TensorRTRunner(*tiny, EngineOptions(tmp_path, precision, matmul), **more))
+        return runners[-1]
+
+    yield open_it
+    for runner in runners:
+        runner.close()
+    assert (driver.allocated, driver.depth) == (0, 0)
+
+
+def draw(rng: np.random.Generator, count: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    text = rng.standard_normal((labels, 24)).astype(np.float32)
+    pixels = rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return pixels, text / np.linalg.norm(text, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("precision, matmul", [("fp32", "4d"), ("fp32", "2d"), ("fp16", "4d"), ("fp16", "3d")])
+def test_labels_of_every_batch(opened, torch_runner, seed, precision, matmul):
+    """Each number of images and texts, the second time from a captured graph; other images after it."""
+    rng, runner = np.random.default_rng(seed), opened(precision, matmul)
+    bound = EXACT if precision == "fp32" else HALF
+    for count, labels in ((1, 1), (1, 8), (2, 8), (3, 2), (5, 150), (8, 256), (8, 300), (1, 700), (1, 8)):
+        for _ in range(2):
+            pixels, text = draw(rng, count, labels)
+            wanted = torch_runner.segment(pixels, text)
+            found = runner.segment(pixels, text, best=True)
+            assert found.labels.dtype == (np.uint8 if labels <= 256 else np.int32)
+            assert np.abs(found.best - wanted.best).max() <= bound, (count, labels)
+            assert (found.labels == wanted.labels).mean() >= (0.999 if precision == "fp32" else 0.9)
+            again = runner.segment(pixels, text)
+            assert again.best is None
+            np.testing.assert_array_equal(again.labels, found.labels)
+
+
+def test_eight_at_a_time_and_the_rest_alone(opened, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    for count in (8, 5):
+        runner.segment(*draw(rng, count, 3))
+    batches = {name: [run["image"][0] for run in runner.stages._engines[name].runs] for name in IMAGE.values()}
+    assert batches == {"images8": [8], "image": [1] * 5}
+    with pytest.raises(UserError, match="9 images are more than the 8"):
+        runner.segment(*draw(rng, 9, 3))
+    with pytest.raises(UserError, match="do not fit"):
+        runner.segment(np.zeros((1, 32, 64, 3), np.uint8), draw(rng, 1, 3)[1])
+
+
+def test_graphs_survive_buffers_that_move(opened, torch_runner, seed):
+    """A larger batch replaces the buffers that a captured graph writes to; old shapes are then captured again."""
+    rng, runner = np.random.default_rng(seed), opened()
+    for count, labels in ((1, 5), (1, 5), (8, 5), (1, 5), (1, 5), (8, 5), (8, 5)):
+        pixels, text = draw(rng, count, labels)
+        found = runner.segment(pixels, text).labels
+        assert (found == torch_runner.segment(pixels, text).labels).mean() >= 0.999
+    assert len(runner._graphs) == 2
+
+
+def test_no_more_graphs_than_are_kept(opened, seed, monkeypatch):
+    monkeypatch.setattr(run_tensorrt, "GRAPHS", 3)
+    rng, runner = np.random.default_rng(seed), opened()
+    for labels in range(1, 7):
+        runner.segment(*draw(rng, 1, labels))
+    assert list(runner._graphs) == [(1, 4), (1, 5), (1, 6)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_embeddings(opened, torch_runner, seed, precision):
+    rng, runner = np.random.default_rng(seed), opened(precision)
+    for count in (1, 3, 8):
+        pixels, _ = draw(rng, count, 1)
+        wanted, found = torch_runner.encode_image(pixels), runner.encode_image(pixels)
+        assert found.dtype == np.float32
+        assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) <= (EXACT if precision == "fp32" else HALF)
+        array = runner.embed(pixels)
+        assert (array.shape, array.dtype) == (wanted.shape, {"fp32": np.float32, "fp16": np.float16}[precision])
+        np.testing.assert_array_equal(runner.encode_image(pixels), found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("mode", ["window", "multiscale"])
+@pytest.mark.parametrize("shape", [(97, 140), (150, 61), (7, 5)])
+def test_windows(opened, torch_runner, seed, monkeypatch, precision, mode, shape):
+    """The official protocol on the GPU against the same on the host, in one round of labels and in several."""
+    rng, runner = np.random.default_rng(seed), opened(precision)
+    photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    _, text = draw(rng, 1, 11)
+    wanted, sums = label_photo(torch_runner, photo, text, mode)
+    timings = Timings()
+    found, cosines = label_photo(runner, photo, text, mode, timings)
+    assert set(timings.milliseconds) == {"preprocess", "encode_image", "similarity"}
+    assert (found == wanted).mean() >= (0.999 if precision == "fp32" else 0.9)
+    assert np.abs(cosines - sums).max() <= (EXACT if precision == "fp32" else HALF)
+    monkeypatch.setattr(gpu_windows, "MAP_BYTES", 1)  # one label a round
+    labels, nothing = label_photo(runner, photo, text, mode, best=False)
+    assert nothing is None
+    np.testing.assert_array_equal(labels, found)
+
+
+def test_memory_of_windows_is_given_back(opened, driver, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    _, text = draw(rng, 1, 4)
+    held = []
+    for shape in ((90, 120), (200, 150), (90, 120)):
+        label_photo(runner, rng.integers(0, 256, (*shape, 3), dtype=np.uint8), text, "multiscale")
+        held.append(driver.allocated)
+    assert held[0] == held[1] == held[2]
+
+
+def test_scores(opened, torch_runner, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    images = rng.uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
+    for labels in (3, 300, 5):
+        _, text = draw(rng, 1, labels)
+        assert np.abs(runner.scores(images, text) - torch_runner.scores(images, text)).max() <= EXACT
+
+
+def test_text(opened, torch_runner, seed):
+    import torch
+
+    from lseg import specs
+
+    torch.manual_seed(seed)
+    tokens = specs.random_tokens(300).numpy()
+    assert np.abs(opened("fp16").encode_text(tokens) - torch_runner.encode_text(tokens)).max() <= EXACT
+
+
+def test_texts_that_change_in_place(opened, torch_runner, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    pixels, text = draw(rng, 1, 6)
+    runner.segment(pixels, text)
+    text[...] = text[::-1].copy()
+    assert (runner.segment(pixels, text).labels == torch_runner.segment(pixels, text).labels).mean() >= 0.999
+
+
+def test_a_full_gpu_is_told(library, monkeypatch, tiny, tmp_path, seed):
+    driver = stand_in(monkeypatch, library, limit=200_000)
+    with TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d")) as runner:
+        with pytest.raises(UserError, match="the GPU has no [0-9]+ MiB left"):
+            runner.segment(*draw(np.random.default_rng(seed), 1, 3))
+    assert (driver.allocated, driver.depth) == (0, 0)
