@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     for name, least in (("max_megapixels", 0), ("max_labels", 1), ("keep_mib", 0), ("port", 0)):
         if not least < getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name):g} is too small: give more than {least}")
+    if args.port > 65535:
+        raise UserError(f"--port {args.port} is no port: give a number up to 65535")
     if not importlib.util.find_spec("gradio"):
         raise UserError("gradio, which makes the page, is not installed: run './requirements.sh'")
     from lseg.page_server import check_address, serve

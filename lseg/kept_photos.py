@@ -6,10 +6,19 @@ import secrets
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from lseg.errors import UserError
+
+
+class How(NamedTuple):
+    """How a photo is looked at."""
+
+    inference: str = "whole"
+    weights: str = "demo"
+    backend: str = "onnxruntime"
 
 
 @dataclass
@@ -24,7 +33,11 @@ class Answer:
     colours: np.ndarray  # uint8 [N, 3]
     labels: np.ndarray  # uint16
     cosines: np.ndarray  # float32 of the network's input, float16 of the photo
-    whole: bool
+    how: How
+
+    @property
+    def is_whole(self) -> bool:
+        return self.how.inference == "whole"
 
 
 @dataclass

@@ -9,6 +9,8 @@ from lseg.image import labels_to_photo
 from lseg.inference import resize_aligned
 from lseg.runner import merge_passes
 
+STRIP = 2**16  # scores at a time, 256 KiB: they stay in the processor's cache
+
 
 def label_grid(grid: np.ndarray, text: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """What `Runner.segment` gives for the image that the embeddings are of, by NumPy.
@@ -24,9 +26,15 @@ def label_grid(grid: np.ndarray, text: np.ndarray, size: int) -> tuple[np.ndarra
     flat, side = grid.reshape(len(grid), -1), grid.shape[1]
 
     def score(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scores = resize_aligned((part @ flat).reshape(-1, side, side), size, size)
-        labels = scores.argmax(axis=0)
-        return labels.astype(np.int32)[None], np.take_along_axis(scores, labels[None], 0)
+        coarse = (part @ flat).reshape(-1, side, side)
+        labels, best = np.empty((1, size, size), np.int32), np.empty((1, size, size), np.float32)
+        step = max(1, STRIP // (len(part) * size))
+        for start in range(0, size, step):
+            rows = slice(start, min(start + step, size))
+            scores = resize_aligned(coarse, size, size, rows)
+            index = scores.argmax(axis=0)[None]
+            labels[:, rows], best[:, rows] = index, np.take_along_axis(scores, index, 0)
+        return labels, best
 
     labels, best = merge_passes(text, 1, score)
     return labels[0], best[0]

@@ -14,7 +14,8 @@ from typing import Any
 import gradio as gr
 
 from lseg.errors import UserError
-from lseg.page_work import BACKENDS, Desk, How, Upload
+from lseg.kept_photos import How
+from lseg.page_work import BACKENDS, Desk, Upload
 
 VIEWER = Path(__file__).with_name("viewer")
 TITLE = "LSeg: segment a photo by words"
@@ -27,7 +28,7 @@ CSS = """
 .gradio-container { max-width: 1480px !important; margin: 0 auto; }
 #head h1 { font-size: 1.5rem; margin: 0.2rem 0 0; }
 #head p { margin: 0.1rem 0 0.4rem; }
-#viewer { padding: 0; }
+#viewer .html-container { padding: 0; }
 footer .divider { display: none !important; }
 """
 HEAD = """# Segment a photo by words
@@ -126,20 +127,25 @@ def build_page(desk: Desk, words: Sequence[str], more_words: Sequence[str], exam
                 gr.Warning(html.escape(str(error)), duration=12)
                 return None, gr.skip(), gr.skip(), gr.skip()
             desk.kept.drop(old)
-            return None, new, _names(found), found
+            return None, new, changed(found, words), found
 
         def open_example(*rest: Any) -> tuple:
             return open_photo(example_upload, *rest)
 
         def change(old: str, words: list[str] | None, *how: str) -> tuple:
             try:
-                if not old:  # there is no photo yet
-                    return [*desk.read_words(words or [])[0]], gr.skip()
+                if not old or desk.is_answered(old, words or [], How(*how)):
+                    return gr.skip(), gr.skip()
                 found = desk.answer(old, words or [], How(*how))
             except UserError as error:
                 gr.Warning(html.escape(str(error)), duration=12)
                 return gr.skip(), gr.skip()
-            return _names(found), found
+            return changed(found, words), found
+
+        def changed(found: dict[str, Any], words: list[str] | None) -> Any:
+            """The chips, where the labels are others than these: a comma makes two of one."""
+            names = [label["name"] for label in found["labels"]]
+            return names if names != words else gr.skip()
 
         how = [chips, inference, weights, backend]
         opened = [photo, key, chips, viewer]
@@ -148,15 +154,11 @@ def build_page(desk: Desk, words: Sequence[str], more_words: Sequence[str], exam
         photo.input(open_photo, [photo, key, *how], opened, **opens)
         try_example.click(open_example, [key, *how], opened, **opens)
         changes = {**options, "concurrency_id": "words", "trigger_mode": "always_last", "show_progress": "minimal"}
-        chips.input(change, [key, *how], [chips, viewer], show_progress_on=viewer, **changes)
+        chips.change(change, [key, *how], [chips, viewer], show_progress_on=viewer, **changes)  # Enter is no "input"
         for part in (inference, weights, backend):
             part.input(change, [key, *how], [chips, viewer], show_progress_on=viewer, **changes)
         _add_api(desk, photo, how)
     return page
-
-
-def _names(found: dict[str, Any]) -> list[str]:
-    return [label["name"] for label in found["labels"]]
 
 
 def _add_api(desk: Desk, photo: gr.Image, how: list[gr.components.Component]) -> None:
@@ -209,7 +211,10 @@ def _viewer_functions(desk: Desk) -> list[Callable[[dict[str, Any]], dict[str, A
 
 
 def theme() -> gr.themes.Base:
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
+    """Gradio's own, in fonts that are there, and with remarks dark enough to be read."""
+    usual = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
+    grey = {"body_text_color_subdued": "*neutral_500", "body_text_color_subdued_dark": "*neutral_400"}
+    return usual.set(**grey, block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
 
 
 def no_network() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -63,7 +64,7 @@ def serve(
     say: Callable[[str], object],
     ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """Serves until Ctrl-C. Uploads lie in a folder of their own, which goes with the server.
+    """Serves until Ctrl-C or SIGTERM. Uploads lie in a folder of their own, which goes with the server.
 
     Args:
         desk: answers.
@@ -105,6 +106,9 @@ def serve(
             )
             say(f"the page is at {address} (Ctrl-C ends it)")
             ready()
-            threading.Event().wait()
+            ended = threading.Event()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: ended.set())  # what Docker and systemd send
+            ended.wait()
         finally:
             page.close(verbose=False)

@@ -20,7 +20,7 @@ from lseg.draw import overlay, panel, shares
 from lseg.errors import UserError
 from lseg.image import decode_image, labels_to_photo, to_pixels, write_image
 from lseg.inference import MODES, label_photo
-from lseg.kept_photos import Answer, KeptPhoto, KeptPhotos
+from lseg.kept_photos import Answer, How, KeptPhoto, KeptPhotos
 from lseg.kept_scores import heat_map, label_grid, scores_at, shares_in_photo
 from lseg.labels import palette, parse_labels, save_label_map
 from lseg.results import describe
@@ -41,14 +41,6 @@ class Limits(NamedTuple):
     megapixels: float = 50
     labels: int = 256
     kept_bytes: int = 2**30
-
-
-class How(NamedTuple):
-    """How a photo is looked at."""
-
-    inference: str = "whole"
-    weights: str = "demo"
-    backend: str = "onnxruntime"
 
 
 class Upload(NamedTuple):
@@ -133,6 +125,11 @@ class Desk:
         start = time.perf_counter()
         return self._answer(key, *self.read_words(words), how, Timings(), start)
 
+    def is_answered(self, key: str, words: Sequence[str], how: How) -> bool:
+        """Whether the last answer for a photo was to these words, looked at in this way."""
+        answer = self.kept.get(key).answer
+        return answer is not None and (answer.names, answer.how) == (self.read_words(words)[0], how)
+
     def read_words(self, words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         """Labels and notes on them; UserError where there is none, or too many, or too long a text."""
         if sum(map(len, words)) > LONGEST_TEXT:
@@ -150,7 +147,7 @@ class Desk:
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(f"there is no pixel ({x}, {y}) in a photo of {width} x {height}")
         answer, grid = self._answered(photo), photo.grid
-        if answer.whole and grid is not None:
+        if answer.is_whole and grid is not None:
             size = len(answer.labels)
             scores = scores_at(grid, answer.text, size, (2 * y + 1) * size // (2 * height), _middle(x, size, width))
             best = np.argsort(-scores, kind="stable")[:TOP]
@@ -170,7 +167,7 @@ class Desk:
         answer, grid = self._answered(photo), photo.grid
         if not 0 <= index < len(answer.names):
             raise UserError("there is no such label any more: choose one of the list")
-        if not answer.whole or grid is None:
+        if not answer.is_whole or grid is None:
             raise UserError("heat maps are for photos seen whole: choose that inference, or the labels again")
         colours, low, high = heat_map(grid, answer.text[index], len(answer.labels))
         return {"map": _data_url(colours, ".png"), "low": round(low, 4), "high": round(high, 4)}
@@ -265,7 +262,7 @@ class Desk:
                 labels, cosines = label_photo(lseg.runner, photo.photo, text, how.inference, timings)
                 cosines = cosines.astype(np.float16)
             labels = labels.astype(np.uint16)
-            photo.answer = answer = Answer(names, text, palette(names), labels, cosines, whole)
+            photo.answer = answer = Answer(names, text, palette(names), labels, cosines, how)
         self.kept.trim()
         height, width = photo.photo.shape[:2]
         found: dict[str, Any] = {"key": key, "name": photo.name, "size": [width, height], "whole": whole, "kept": kept}
@@ -288,7 +285,7 @@ class Desk:
     def _draw(self, photo: KeptPhoto, answer: Answer) -> dict[str, Any]:
         """The label map as a picture, which the browser stretches over the photo, and the legend."""
         labels = answer.labels
-        if not answer.whole:
+        if not answer.is_whole:
             height, width = photo.shown.shape[:2]
             labels = labels_to_photo(labels, width, height)
         each = zip(answer.names, answer.colours, self._shares(photo, answer), strict=True)

@@ -86,7 +86,7 @@ function showTint() {
   heat = -1;
   one("img.tint").src = found.map;
   one(".lines").hidden = false;
-  one(".caption").textContent = "overlay";
+  one(".caption").textContent = found.whole ? "overlay (choose a label below to see its heat map)" : "overlay";
   pressed();
 }
 
