@@ -58,10 +58,16 @@ class Visitors:
         context.route(re.compile(rf"^https?://(?!{self.server.address[7:]}/)"), self._refuse)
         tab = context.new_page()
         tab.on("pageerror", lambda error: self.errors.append(str(error)))
-        tab.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        tab.on("console", self._console)
+        tab.set_default_timeout(60_000)
         tab.goto(self.server.address)
         tab.wait_for_selector("#viewer .empty")
         return tab
+
+    def _console(self, message) -> None:
+        # An upload is removed while Gradio's own preview of it may still be loading.
+        if message.type == "error" and "/gradio_api/file=" not in message.location.get("url", ""):
+            self.errors.append(message.text)
 
     def _refuse(self, route) -> None:
         self.remote.append(route.request.url)
@@ -178,13 +184,15 @@ class TestVisit:
     def test_other_backend_and_windows(self, visitors):
         tab = visitors.new()
         example(tab)
-        tab.click("#backend input")
-        tab.click("#backend [role=option]:has-text('PyTorch')")
-        tab.wait_for_selector("#viewer .ran:has-text('PyTorch')", timeout=60_000)
         tab.click("#inference label:has-text('window')")
-        tab.wait_for_selector("#viewer .ran:has-text('In windows nothing is kept')", timeout=60_000)
+        tab.wait_for_selector("#viewer .ran:has-text('In windows nothing is kept')")
         tab.click(LEGEND)
         tab.wait_for_selector("#viewer .pixel:has-text('heat maps are for photos seen whole')")
+        tab.click("#inference label:has-text('whole')")
+        tab.wait_for_selector("#viewer .ran:has-text('embeddings were kept')")
+        tab.click("#backend input")
+        tab.click("#backend [role=option]:has-text('PyTorch')")
+        tab.wait_for_selector("#viewer .ran:has-text('PyTorch')")
 
     def test_by_keyboard(self, visitors):
         """From the example to a pixel's labels and a heat map without a mouse, the focus in sight."""
@@ -240,20 +248,19 @@ class TestMistakes:
         while any(path.read_bytes() in texts for path in server.files()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not [path for path in server.files() if path.read_bytes() in texts]
-        visitors.errors = [error for error in visitors.errors if "404" not in error]  # the preview of a removed file
 
     def test_two_visitors_and_a_closed_tab(self, visitors, tmp_path, seed):
         """Each sees their own photo and words; who leaves in mid-run harms nobody."""
         gone = visitors.new()
-        gone.click("#inference label:has-text('multiscale')")
+        gone.click("#inference label:has-text('window')")
         gone.click("#example")
-        gone.wait_for_timeout(700)
+        gone.wait_for_timeout(500)
         gone.close()
         first, second = visitors.new(), visitors.new()
         second.set_input_files("#photo input", save(tmp_path / "own.png", seed, (300, 200)))
         first.click("#example")
         for tab in (first, second):
-            tab.wait_for_selector(LEGEND, timeout=60_000)
+            tab.wait_for_selector(LEGEND)
         add(first, "roof")
         add(second, "boat")
         first.wait_for_selector(f"{LEGEND}:has-text('roof')")
@@ -267,7 +274,6 @@ class TestMistakes:
         with second.expect_download() as download:
             second.click("#viewer [data-file=labels]")
         assert download.value.suggested_filename == "own_labels.png"
-        visitors.errors = [error for error in visitors.errors if "404" not in error]
 
 
 @pytest.mark.parametrize("width, scheme", [(1440, "dark"), (390, "light"), (390, "dark")])
