@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class KeptPhoto:
     made_by: tuple[str, str] | None = None  # weights and backend that the grid is of
     answer: Answer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    used: float = 0.0  # when it was asked for last, in seconds of the monotonic clock
 
     def bytes(self) -> int:
         answer = self.answer
@@ -68,15 +70,17 @@ class KeptPhotos:
 
     Args:
         limit: bytes.
+        idle: seconds after which `forget_idle` forgets a photo that nobody asked for.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, idle: float = 3600):
+        self.limit, self.idle = limit, idle
         self._photos: OrderedDict[str, KeptPhoto] = OrderedDict()  # the one used last is the last
         self._lock = threading.Lock()
 
     def add(self, photo: KeptPhoto) -> str:
         key = secrets.token_urlsafe(16)
+        photo.used = time.monotonic()
         with self._lock:
             self._photos[key] = photo
         self.trim()
@@ -88,6 +92,7 @@ class KeptPhotos:
             if not isinstance(key, str) or key not in self._photos:
                 raise UserError("the photo is no longer kept on the server: open it again")
             self._photos.move_to_end(key)
+            self._photos[key].used = time.monotonic()
             return self._photos[key]
 
     def drop(self, key: object) -> None:
@@ -95,6 +100,12 @@ class KeptPhotos:
         with self._lock:
             if isinstance(key, str):
                 self._photos.pop(key, None)
+
+    def forget_idle(self) -> None:
+        """To be called now and then."""
+        with self._lock:
+            for key in [key for key, photo in self._photos.items() if time.monotonic() - photo.used > self.idle]:
+                del self._photos[key]
 
     def trim(self) -> None:
         """Keeps to the limit: to be called after a photo has grown."""

@@ -19,7 +19,6 @@ from lseg.page_work import BACKENDS, Desk, Upload
 
 VIEWER = Path(__file__).with_name("viewer")
 TITLE = "LSeg: segment a photo by words"
-IDLE = 3600  # seconds after which a visitor's photo is forgotten
 FILES_EVERY, FILES_AGE = 60, 600  # seconds: how often files of closed tabs and of the API are removed, and how old
 RUNS_AT_ONCE = 2
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]  # the visitor's own: nothing is fetched
@@ -82,7 +81,7 @@ def build_page(desk: Desk, words: Sequence[str], more_words: Sequence[str], exam
     usual, example_upload = desk.usual, Upload(example.name, example.read_bytes())
     cleaning = (FILES_EVERY, FILES_AGE)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=cleaning) as page:
-        key = gr.State("", time_to_live=IDLE, delete_callback=desk.kept.drop)
+        key = gr.State("", delete_callback=desk.kept.drop)
         gr.Markdown(HEAD, elem_id="head")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -192,6 +191,10 @@ def _viewer_functions(desk: Desk) -> list[Callable[[dict[str, Any]], dict[str, A
         except (KeyError, TypeError, ValueError, OverflowError):
             return {"error": "the request is malformed: load the page again"}
 
+    def photo(request: dict) -> dict:
+        # Not in the viewer's value: Gradio remembers that for as long as the visitor's session lasts.
+        return safely(lambda: {"url": desk.picture(request["key"])})
+
     def pixel(request: dict) -> dict:
         return safely(lambda: desk.pixel(request["key"], int(request["x"]), int(request["y"])))
 
@@ -207,7 +210,7 @@ def _viewer_functions(desk: Desk) -> list[Callable[[dict[str, Any]], dict[str, A
 
         return safely(work)
 
-    return [pixel, heat, download]
+    return [photo, pixel, heat, download]
 
 
 def theme() -> gr.themes.Base:

@@ -16,6 +16,8 @@ from lseg.page_work import Desk
 
 LARGEST_FILE = "100mb"
 WAITING = 64  # visitors' calls that wait at most; more are told to come back
+SESSIONS = 1000  # visitors whose last choices Gradio remembers
+SWEEP = 60  # seconds between looks for photos that nobody asks for
 TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
 # The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
 POLICY = (
@@ -99,6 +101,7 @@ def serve(
                 prevent_thread_lock=True,
                 max_file_size=LARGEST_FILE,
                 max_threads=TOUCHES,
+                state_session_capacity=SESSIONS,
                 footer_links=["api"],
                 app_kwargs={"middleware": [Middleware(OwnHeaders)]},
                 theme=layout.theme(),
@@ -109,6 +112,7 @@ def serve(
             ended = threading.Event()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, lambda *_: ended.set())  # what Docker and systemd send
-            ended.wait()
+            while not ended.wait(SWEEP):
+                desk.kept.forget_idle()
         finally:
             page.close(verbose=False)

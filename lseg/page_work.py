@@ -95,7 +95,7 @@ class Desk:
             return self._segmenters[key]
 
     def open_photo(self, upload: Upload, words: Sequence[str], how: How) -> tuple[str, dict[str, Any]]:
-        """Keeps a new photo and answers: its key, and what `answer` gives with "photo", the picture itself.
+        """Keeps a new photo and answers: its key, and what `answer` gives.
 
         Raises:
             UserError: the file is no photo, too large, or the words do not do.
@@ -103,14 +103,17 @@ class Desk:
         start = time.perf_counter()
         names, notes = self.read_words(words)
         timings = Timings()
-        photo = self._load(upload, timings)
-        key = self.kept.add(photo)
+        key = self.kept.add(self._load(upload, timings))
         try:
             found = self._answer(key, names, notes, how, timings, start)
         except BaseException:
             self.kept.drop(key)
             raise
-        return key, {**found, "photo": _data_url(photo.shown, ".jpg")}
+        return key, found
+
+    def picture(self, key: str) -> str:
+        """The photo for the browser, as a data URL."""
+        return _data_url(self.kept.get(key).shown, ".jpg")
 
     def answer(self, key: str, words: Sequence[str], how: How) -> dict[str, Any]:
         """Labels a kept photo with words; seen whole, from the embeddings that are kept.

@@ -273,12 +273,12 @@ class TestPhotos:
         exif = Image.Exif()
         exif[274] = 6
         upload = read(save(tmp_path / "turned.jpg", seed, exif=exif))
-        _, found = desk.open_photo(upload, LABELS, how)
-        assert found["size"] == [70, 90] and pixels_of(found["photo"]).shape == (90, 70, 3)
+        key, found = desk.open_photo(upload, LABELS, how)
+        assert found["size"] == [70, 90] and pixels_of(desk.picture(key)).shape == (90, 70, 3)
 
     def test_large_photos_are_shown_small(self, desk, how, tmp_path, seed):
         key, found = desk.open_photo(read(save(tmp_path / "wide.png", seed, (3000, 1000))), LABELS, how)
-        assert pixels_of(found["photo"]).shape == (427, 1280, 3) and found["size"] == [3000, 1000]
+        assert pixels_of(desk.picture(key)).shape == (427, 1280, 3) and found["size"] == [3000, 1000]
         labels = cv2.imdecode(np.frombuffer(desk.download(key, "labels")[1], np.uint8), cv2.IMREAD_UNCHANGED)
         assert labels.shape == (1000, 3000)
         fractions = np.bincount(labels.ravel(), minlength=len(LABELS)) / labels.size
@@ -343,6 +343,16 @@ class TestKept:
     @staticmethod
     def of(size: int) -> KeptPhoto:
         return KeptPhoto("x", np.zeros((1, size, 1), np.uint8), np.zeros((0, 0, 3), np.uint8))
+
+    def test_photos_that_nobody_asks_for(self, monkeypatch):
+        kept, clock = KeptPhotos(10**6, idle=100), [1000.0]
+        monkeypatch.setattr("lseg.kept_photos.time.monotonic", lambda: clock[0])
+        keys = [kept.add(self.of(10)) for _ in range(2)]
+        clock[0] += 60
+        kept.get(keys[0])
+        clock[0] += 60
+        kept.forget_idle()
+        assert len(kept) == 1 and kept.get(keys[0])
 
     def test_a_bad_answer_keeps_no_photo(self, desk, how, photo):
         kept = len(desk.kept)

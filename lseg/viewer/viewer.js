@@ -7,7 +7,6 @@ const REST = 70; // milliseconds that the pointer rests before its pixel is aske
 const HINT = "Point at the picture, or move the cross with the arrow keys, to read a pixel's labels.";
 
 let found = null; // the answer shown
-let photo = ""; // its picture, which comes once
 let heat = -1; // index of the label whose heat map is shown
 let place = null; // [x, y], the pixel that was asked for last
 let pinned = false; // by a click: the pointer no longer moves the cross
@@ -44,13 +43,14 @@ function show() {
   if (!value) return;
   const another = found?.key !== value.key;
   found = value;
-  if (value.photo) photo = value.photo;
   const [width, height] = value.size;
   // Very long photos are squeezed a little, to stay visible.
   one(".stages").style.setProperty("--ratio", Math.min(6, Math.max(1 / 4, width / height)));
-  for (const image of all("img.photo")) if (image.src !== photo) image.src = photo;
   one("img.map").src = value.map;
-  if (another) { place = null; pinned = false; heat = -1; }
+  if (another) {
+    place = null; pinned = false; heat = -1;
+    showPhoto(value.key);
+  }
   const name = heat >= 0 ? element.dataset.heat : null;
   heat = value.labels.findIndex((label) => label.name === name);
   drawLegend();
@@ -60,6 +60,12 @@ function show() {
   one(".ran").textContent = ran(value);
   if (another && window.innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
   if (place) readPixel(); else { moveCross(); one(".pixel").replaceChildren(make("span", "at", HINT)); }
+}
+
+async function showPhoto(key) {
+  for (const image of all("img.photo")) image.removeAttribute("src");
+  const reply = await ask("photo", {});
+  if (reply && found.key === key) for (const image of all("img.photo")) image.src = reply.url;
 }
 
 function ran(value) {
@@ -98,7 +104,8 @@ async function showHeat(index) {
   one("img.tint").src = reply.map;
   one(".lines").hidden = true;
   one(".caption").textContent =
-    `heat map of “${found.labels[index].name}”: cosine ${reply.low.toFixed(2)} (dark) to ${reply.high.toFixed(2)} (bright)`;
+    `heat map of “${found.labels[index].name}”: ` +
+    `cosine ${reply.low.toFixed(2)} (dark) to ${reply.high.toFixed(2)} (bright)`;
   pressed();
 }
 
