@@ -20,7 +20,7 @@ from lseg.page_work import BACKENDS, Desk, Upload
 VIEWER = Path(__file__).with_name("viewer")
 TITLE = "LSeg: segment a photo by words"
 FILES_EVERY, FILES_AGE = 60, 600  # seconds: how often files of closed tabs and of the API are removed, and how old
-RUNS_AT_ONCE = 2
+PHOTOS_AT_ONCE, CHANGES_AT_ONCE = 2, 8  # photos take memory while they are decoded
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]  # the visitor's own: nothing is fetched
 MONO = ["ui-monospace", "Consolas", "monospace"]
 CSS = """
@@ -66,6 +66,8 @@ def photo_input() -> gr.Image:
 
     # On the object: for a class of its own Gradio would write a file of type hints beside this one.
     photo.preprocess = preprocess
+    # For the API's description; Gradio's own is an address, which is not fetched here.
+    photo.example_payload = photo.example_value = lambda: {"path": "photo.jpg", "meta": {"_type": "gradio.FileData"}}
     return photo
 
 
@@ -148,14 +150,15 @@ def build_page(desk: Desk, words: Sequence[str], more_words: Sequence[str], exam
 
         how = [chips, inference, weights, backend]
         opened = [photo, key, chips, viewer]
-        options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": RUNS_AT_ONCE}
-        opens = {**options, "concurrency_id": "photos", "show_progress_on": viewer}
+        options: dict[str, Any] = {"api_visibility": "private", "show_progress_on": viewer}
+        opens = {**options, "concurrency_id": "photos", "concurrency_limit": PHOTOS_AT_ONCE}
         photo.input(open_photo, [photo, key, *how], opened, **opens)
         try_example.click(open_example, [key, *how], opened, **opens)
-        changes = {**options, "concurrency_id": "words", "trigger_mode": "always_last", "show_progress": "minimal"}
-        chips.change(change, [key, *how], [chips, viewer], show_progress_on=viewer, **changes)  # Enter is no "input"
+        changes = {**options, "concurrency_id": "words", "concurrency_limit": CHANGES_AT_ONCE}
+        changes |= {"trigger_mode": "always_last", "show_progress": "minimal"}
+        chips.change(change, [key, *how], [chips, viewer], **changes)  # Enter is no "input"
         for part in (inference, weights, backend):
-            part.input(change, [key, *how], [chips, viewer], show_progress_on=viewer, **changes)
+            part.input(change, [key, *how], [chips, viewer], **changes)
         _add_api(desk, photo, how)
     return page
 
@@ -177,7 +180,7 @@ def _add_api(desk: Desk, photo: gr.Image, how: list[gr.components.Component]) ->
         return found, str(path)
 
     button = gr.Button(visible=False)
-    button.click(segment, [photo, *how], [line, label_map], api_name="segment", concurrency_limit=RUNS_AT_ONCE)
+    button.click(segment, [photo, *how], [line, label_map], api_name="segment", concurrency_id="photos")
 
 
 def _viewer_functions(desk: Desk) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:

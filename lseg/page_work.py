@@ -29,6 +29,7 @@ from lseg.segmenter import Segmenter
 from lseg.sources import LABEL_MAP, MEANING, PICTURE
 
 SHOWN_SIDE = 1280  # pixels of the longer side of what goes to the browser
+RUNS_AT_ONCE = 2  # of the network; whoever only changes words does not wait for these
 TOP = 5  # labels that are named for a pixel
 LONGEST_TEXT = 200_000  # characters of all labels together, before they are looked at
 NOTES = 3  # of which more would fill the page
@@ -73,7 +74,7 @@ class Desk:
         self._open_segmenter, self.weights = open_segmenter, tuple(weights)
         self.limits = limits or Limits()
         self.kept = KeptPhotos(self.limits.kept_bytes)
-        self._lock = threading.Lock()
+        self._lock, self._runs = threading.Lock(), threading.BoundedSemaphore(RUNS_AT_ONCE)
         first = open_segmenter(self.weights[0], backend)
         library = first.runner.identity.library
         backend = next((name for name, title in BACKENDS.items() if library.startswith(title)), backend)
@@ -262,7 +263,8 @@ class Desk:
                 grid, size = self._grid(photo, lseg, how, timings), lseg.runner.image_size
                 labels, cosines = timings.measure("similarity", lambda: label_grid(grid, text, size))
             else:
-                labels, cosines = label_photo(lseg.runner, photo.photo, text, how.inference, timings)
+                with self._runs:
+                    labels, cosines = label_photo(lseg.runner, photo.photo, text, how.inference, timings)
                 cosines = cosines.astype(np.float16)
             labels = labels.astype(np.uint16)
             photo.answer = answer = Answer(names, text, palette(names), labels, cosines, how)
@@ -281,7 +283,8 @@ class Desk:
         if grid is None or photo.made_by != how[1:]:
             size = lseg.runner.image_size
             pixels = timings.measure("preprocess", lambda: to_pixels(photo.photo, size)[None])
-            grid = timings.measure("encode_image", lambda: lseg.runner.encode_image(pixels)[0])
+            with self._runs:
+                grid = timings.measure("encode_image", lambda: lseg.runner.encode_image(pixels)[0])
             photo.grid, photo.made_by = grid, how[1:]
         return grid
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -301,6 +303,28 @@ class TestPhotos:
         alone = [visit(i) for i in range(4)]
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(visit, range(24))) == alone * 6
+
+    def test_words_do_not_wait_for_others_photos(self, desk, how, photo, monkeypatch):
+        """Two long runs take nothing from a visitor whose embeddings are kept; a third run waits."""
+        key, _ = desk.open_photo(photo, ["cat", "dog"], how)
+        runner, go, inside = desk.segmenter(how).runner, threading.Event(), []
+        encode = runner.encode_image
+
+        def slow(pixels: np.ndarray) -> np.ndarray:
+            inside.append(1)
+            assert go.wait(30)
+            return encode(pixels)
+
+        monkeypatch.setattr(runner, "encode_image", slow)
+        with ThreadPoolExecutor(3) as pool:
+            runs = [pool.submit(desk.open_photo, photo, ["cat", "dog"], how) for _ in range(3)]
+            try:
+                assert desk.answer(key, ["cat", "sky"], how)["kept"]
+                time.sleep(0.5)
+                assert len(inside) == 2
+            finally:
+                go.set()
+            assert all(run.result()[1]["labels"] for run in runs)
 
 
 class TestKept:
