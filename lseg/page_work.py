@@ -80,6 +80,7 @@ class Desk:
         backend = next((name for name, title in BACKENDS.items() if library.startswith(title)), backend)
         self.backends = tuple(dict.fromkeys([backend, *available_backends()]))  # the one that is open comes first
         self._segmenters = {(self.weights[0], backend): first}
+        self._opening: dict[tuple[str, str], threading.Lock] = {}
 
     @property
     def usual(self) -> How:
@@ -89,8 +90,10 @@ class Desk:
         """The one that is open for these weights and this backend, or a new one, which stays open."""
         if how.weights not in self.weights or how.backend not in self.backends:
             raise UserError(f"{how.weights} on {how.backend} is not offered here: choose from the lists")
+        key = (how.weights, how.backend)
         with self._lock:
-            key = (how.weights, how.backend)
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:  # engines may take minutes to build: those who want others do not wait
             if key not in self._segmenters:
                 self._segmenters[key] = self._open_segmenter(*key)
             return self._segmenters[key]

@@ -246,6 +246,26 @@ class TestPhotos:
             assert label["share"] == pytest.approx(other["share"], abs=5e-3)
         assert desk.answer(key, ["cat", "dog"], how._replace(backend="torch"))["kept"]
 
+    def test_opening_a_backend_holds_up_nobody_else(self, tiny, photo):
+        """Engines may take minutes. Two who want the same backend open it once."""
+        go, opened = threading.Event(), []
+
+        def open_segmenter(weights: str, backend: str) -> Segmenter:
+            opened.append(backend)
+            assert backend == "onnxruntime" or go.wait(30)
+            return Segmenter(weights, backend, onnx=tiny.folder)
+
+        with Desk(open_segmenter, [tiny.weights], "onnxruntime") as desk, ThreadPoolExecutor(2) as pool:
+            key, _ = desk.open_photo(photo, LABELS, desk.usual)
+            other = desk.usual._replace(backend="torch")
+            runs = [pool.submit(desk.open_photo, photo, LABELS, other) for _ in range(2)]
+            try:
+                assert desk.answer(key, ["cat", "dog"], desk.usual)["kept"]
+            finally:
+                go.set()
+            assert all(run.result()[1]["ran"].startswith("PyTorch") for run in runs)
+        assert opened == ["onnxruntime", "torch"]
+
     @pytest.mark.parametrize(
         "name, data, message",
         [
