@@ -52,9 +52,14 @@ ngc() {
   if ! has pycuda; then kept+=("pycuda>=2024.1"); fi
   local wanted
   wanted=$(mktemp)
-  if has cv2; then grep -v '^opencv' "$root/requirements.txt" > "$wanted"; else cp "$root/requirements.txt" "$wanted"; fi
+  grep -v "$(if has cv2; then echo '^opencv\|'; fi)^gradio" "$root/requirements.txt" > "$wanted"
   files[1]=$wanted
   PIP_CONSTRAINT='' "$python" -m pip install -q -c "$held" "${files[@]}" "${kept[@]}"
+  # Of the page alone: what it asks for may not go with what is held, and the other scripts do without it.
+  grep '^gradio' "$root/requirements.txt" > "$wanted"
+  if ! PIP_CONSTRAINT='' "$python" -m pip install -q -c "$held" -r "$wanted"; then
+    echo "note: gradio does not go with this container's packages, so app.py will not run here" >&2
+  fi
   rm -f "$wanted"
 }
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lseg.segmenter import LabelMap, Segmenter
+
+# ONNX Runtime (1.31 and 1.32, for two) counts its uses and keeps an identifier in the home folder, unless told before
+# its import not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["LabelMap", "Segmenter"]

@@ -1,0 +1,118 @@
+"""Serves the page from this machine alone: what the browser may load, where files lie meanwhile, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lseg.errors import UserError
+from lseg.page_work import Desk
+
+LARGEST_FILE = "100mb"
+WAITING = 64  # visitors' calls that wait at most; more are told to come back
+SESSIONS = 1000  # visitors whose last choices Gradio remembers
+SWEEP = 60  # seconds between looks for photos that nobody asks for
+TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
+# The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self' data: blob:; "
+    "font-src 'self' data:; worker-src 'self' blob:; object-src 'none'"
+)
+HEADERS = {"content-security-policy": POLICY, "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
+
+
+class OwnHeaders:
+    """ASGI middleware that adds HEADERS to every answer."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def send_more(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                more = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *more]}
+            await send(message)
+
+        await self.app(scope, receive, send_more)
+
+
+def check_address(host: str, port: int) -> None:
+    """UserError where nobody can listen there: before weights are loaded."""
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port") from None
+
+
+def serve(
+    desk: Desk,
+    host: str,
+    port: int,
+    words: Sequence[str],
+    more_words: Sequence[str],
+    example: Path,
+    say: Callable[[str], object],
+    ready: Callable[[], object] = lambda: None,
+) -> None:
+    """Serves until Ctrl-C or SIGTERM. Uploads lie in a folder of their own, which goes with the server.
+
+    Args:
+        desk: answers.
+        host: address to listen on.
+        port: of it.
+        words: labels to begin with.
+        more_words: labels to choose beside these.
+        example: a photo to try.
+        say: takes the line with the address.
+        ready: called when the page can be opened.
+    """
+    with tempfile.TemporaryDirectory(prefix="lseg-page-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads these two when it is imported
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        from starlette.middleware import Middleware
+
+        from lseg import page as layout
+
+        layout.no_network()
+        page = layout.build_page(desk, words, more_words, example)
+        page.queue(max_size=WAITING)
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=LARGEST_FILE,
+                max_threads=TOUCHES,
+                state_session_capacity=SESSIONS,
+                footer_links=["api"],
+                app_kwargs={"middleware": [Middleware(OwnHeaders)]},
+                theme=layout.theme(),
+                css=layout.CSS,
+            )
+            say(f"the page is at {address} (Ctrl-C ends it)")
+            ready()
+            ended = threading.Event()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: ended.set())  # what Docker and systemd send
+            while not ended.wait(SWEEP):
+                desk.kept.forget_idle()
+        finally:
+            page.close(verbose=False)
