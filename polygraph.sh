@@ -86,7 +86,6 @@ helper() { "$python" -m lseg.polygraph "$@"; }
 polygraphy() { echo "+ polygraphy $*"; "$python" -c 'import sys; from polygraphy.tools import main; sys.exit(main())' "$@"; }
 bound() { echo --atol "$atol" --rtol 0 --check-error-stat max; }
 images="$root/lseg/polygraph.py:images"
-pixels="$root/lseg/polygraph.py:pixels"
 
 inspect() {
   local files=("$onnx"/*.onnx)
@@ -122,8 +121,8 @@ precision() {
   if [ -z "$given" ]; then atol=1e-2; fi
   helper graph "$encoder" "$work/fp32.onnx" --precision fp32
   helper graph "$encoder" "$work/fp16.onnx" --precision fp16
-  polygraphy run "$work/fp32.onnx" --trt --strongly-typed --data-loader-script "$pixels" --save-outputs "$work/fp32.json"
-  polygraphy run "$work/fp16.onnx" --trt --strongly-typed --data-loader-script "$pixels" --load-outputs "$work/fp32.json" \
+  polygraphy run "$work/fp32.onnx" --trt --strongly-typed --data-loader-script "$images" --save-outputs "$work/fp32.json"
+  polygraphy run "$work/fp16.onnx" --trt --strongly-typed --data-loader-script "$images" --load-outputs "$work/fp32.json" \
     $(bound) "${more[@]}"
 }
 

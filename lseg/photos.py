@@ -129,7 +129,7 @@ def segment_photos(
         return picture, line, made.taken
 
     with JsonLines(wanted.lines, {photo.shown for photo, _ in tasks} if wanted.resume else None) as lines:
-        return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet)
+        return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet, callers=runner.callers)
 
 
 def find_labels(
@@ -161,18 +161,20 @@ def run_tasks(
     say: Callable[[str], object],
     quiet: bool = False,
     check: Callable[[np.ndarray], object] = lambda photo: None,
+    callers: int = 1,
 ) -> int:
     """Decodes photos, does `work` with each, stores what it gives, and tells of it; returns how many were bad.
 
     Args:
         tasks: the photos.
-        work: called here, in turn, with each photo, uint8 [H, W, 3], and its timings.
+        work: called in turn with each photo, uint8 [H, W, 3], and its timings.
         store: called in threads with what `work` gave; gives a path to tell of, what `finish` takes, and the timings.
         finish: called here after each photo is stored.
         timings: to which each photo's are added.
         say: takes the lines for the user.
         quiet: no progress bar.
         check: raises UserError for a photo that is to be left out.
+        callers: threads that `work`; one is this thread.
 
     Raises:
         UserError: none of the photos could be used; or whatever `work`, `store` and `finish` raise.
@@ -190,7 +192,7 @@ def run_tasks(
     bad = 0
     with tqdm(total=len(tasks), unit="photo", disable=True if quiet or len(tasks) == 1 else None) as bar:
         shown = len(tasks) <= MANY or bar.disable
-        for (photo, _), result in overlapped(tasks, load, work, store):
+        for (photo, _), result in overlapped(tasks, load, work, store, callers=callers):
             bar.update()
             with bar.external_write_mode():
                 if isinstance(result, UserError):

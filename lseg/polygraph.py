@@ -1,7 +1,6 @@
 """What polygraph.sh needs beside Polygraphy: real photos as inputs, graphs in other forms, and PyTorch's results.
 
     polygraphy run FILE --data-loader-script lseg/polygraph.py:images ...     for a graph that takes `image`
-    polygraphy run FILE --data-loader-script lseg/polygraph.py:pixels ...     for a graph that takes `pixels`
     python -m lseg.polygraph photos                                           whether every photo can be read
     python -m lseg.polygraph ranks FILE...                                    ranks of the MatMuls' operands
     python -m lseg.polygraph graph FILE --matmul 2d --precision fp16 OUTPUT   another form of an exported encoder
@@ -28,21 +27,21 @@ from lseg.errors import Parser, run  # noqa: E402
 SIZE = 480
 
 
-def pixels() -> Iterator[dict[str, np.ndarray]]:
-    """Each photo as {"pixels": uint8 [1, S, S, 3]}."""
+def pixels() -> Iterator[np.ndarray]:
+    """Each photo, uint8 [1, S, S, 3]."""
     from lseg.image import read_image, to_pixels
 
     size = int(os.environ.get("LSEG_SIZE", SIZE))
     for name in os.environ.get("LSEG_PHOTOS", str(ROOT / "image" / "temple.jpg")).split(":"):
-        yield {"pixels": to_pixels(read_image(name), size)[None]}
+        yield to_pixels(read_image(name), size)[None]
 
 
 def images() -> Iterator[dict[str, np.ndarray]]:
     """Each photo as {"image": float32 [1, 3, S, S]}, normalised."""
     from lseg.image import normalise
 
-    for feed in pixels():
-        yield {"image": normalise(feed["pixels"])}
+    for photo in pixels():
+        yield {"image": normalise(photo)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -80,7 +79,7 @@ def check_photos(args: argparse.Namespace) -> None:
 
 
 def write_graph(args: argparse.Namespace) -> None:
-    """Another form of an exported image encoder: from pixels for fp16 and fp32 engines, else from the image."""
+    """Another form of an exported image encoder; with a precision, its embeddings stay float32."""
     from lseg import scoring
     from lseg.onnx_file import write_onnx
     from lseg.precision import to_float16
@@ -102,9 +101,7 @@ def write_torch_results(args: argparse.Namespace) -> None:
     from lseg.run_torch import TorchRunner
 
     with TorchRunner(args.weights, device="cpu") as runner:
-        found = [
-            IterationResult({"embeddings": runner.encode_image(feed["pixels"])}, None, "torch") for feed in pixels()
-        ]
+        found = [IterationResult({"embeddings": runner.encode_image(photo)}, None, "torch") for photo in pixels()]
     results = RunResults()
     results.append(("torch", found))
     results.save(str(args.output))

@@ -114,6 +114,8 @@ class OnnxRuntimeRunner:
         device: "cpu", or None for CUDA where the installed build has it.
     """
 
+    callers = 1
+
     def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None, device: str | None = None):
         self._providers = default_providers() if device != "cpu" else ["CPUExecutionProvider"]
         sha256 = tensorfile.sha256(resolve(weights))

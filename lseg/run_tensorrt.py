@@ -41,6 +41,8 @@ class TensorRTRunner:
         UserError: no GPU, no TensorRT, no PyCUDA, or ONNX files that are missing or of other weights.
     """
 
+    callers = 2
+
     def __init__(
         self,
         weights: str,

@@ -49,6 +49,8 @@ class TorchRunner:
         compiled: `torch.compile` the float16 pipeline, with CUDA graphs.
     """
 
+    callers = 1
+
     def __init__(
         self,
         weights: str,

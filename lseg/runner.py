@@ -77,11 +77,13 @@ class Runner(Protocol):
         identity: the library, device and arithmetic; as a string for the user.
         image_size: S, the side of the network's square input.
         text_encoder: tells text encoders apart, for keeping their embeddings; None where they must not be kept.
+        callers: threads that it takes to keep it busy: two, where it waits for a GPU while one of them works on.
     """
 
     identity: Identity
     image_size: int
     text_encoder: str | None
+    callers: int
 
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
         """tokens int32 [N, 77] to unit vectors float32 [N, D]."""

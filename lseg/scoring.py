@@ -110,6 +110,21 @@ def _cosines(build: _Graph, z: onnx.ValueInfoProto) -> str:
     return build.op("Div", dot, length)
 
 
+def embedding_graph(core: onnx.ModelProto) -> onnx.ModelProto:
+    """The encoder with its end again, in float32 whatever z is: `image` to `embeddings` [B, D, 2h, 2h]."""
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    z = core.graph.output[0]
+    batch, dimension, side, _ = _dims(z)
+    shape = [batch, dimension, 2 * side, 2 * side]
+    del model.graph.output[:], model.graph.value_info[:]  # a rewriting may have left its types behind
+    model.graph.output.append(helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, shape))
+    build = _Graph(model.graph, "embeddings")
+    wide = _double(build, build.op("Cast", z.name, to=TensorProto.FLOAT))
+    build.op("Div", wide, build.op("ReduceL2", wide, axes=[1], keepdims=1), output="embeddings")
+    return model
+
+
 def dot_graph(kind: int, dimension: int, side: int, opset: int = 17) -> onnx.ModelProto:
     """Dot products of texts with z: `z` [B, D, h, h] of type `kind`, `text` float32 [N, D] to `dots` [B, N, h * h]."""
     graph = onnx.GraphProto(name="dots")
@@ -179,10 +194,10 @@ def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def _double(build: _Graph, x: str, output: str | None = None) -> str:
+def _double(build: _Graph, x: str) -> str:
     scales = build.floats(np.array([1, 1, 2, 2]))
     how = {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
-    return build.op("Resize", x, "", scales, output=output, **how)
+    return build.op("Resize", x, "", scales, **how)
 
 
 def load_encoder(path: Path) -> onnx.ModelProto:

@@ -182,6 +182,19 @@ class TestOverlap:
         found = list(overlapped(range(20), load, work, lambda item, made: (item, made)))
         assert found == [(n, (n, 11 * n)) for n in range(20)] and most[0] > 1
 
+    def test_two_callers_work_at_a_time_and_order_stays(self):
+        at_work, most = [], [0]
+
+        def work(item: int, loaded: int) -> int:
+            at_work.append(item)
+            most[0] = max(most[0], len(at_work))
+            time.sleep(0.01 * (item % 3))
+            at_work.remove(item)
+            return loaded + item
+
+        found = list(overlapped(range(20), lambda item: item, work, lambda item, made: made, callers=2))
+        assert found == [(n, 2 * n) for n in range(20)] and most[0] == 2
+
     def test_a_bad_item_is_skipped(self):
         def load(item: int) -> int:
             if item % 3 == 1:
@@ -192,8 +205,9 @@ class TestOverlap:
         assert {item: str(result) for item, result in found.items() if item % 3 == 1} == {1: "1 is bad", 4: "4 is bad"}
         assert [result for result in found.values() if not isinstance(result, UserError)] == [0, 2, 3, 5, 6]
 
+    @pytest.mark.parametrize("callers", [1, 2])
     @pytest.mark.parametrize("step", ["work", "store"])
-    def test_a_failure_ends_it_and_what_was_begun_is_finished(self, step):
+    def test_a_failure_ends_it_and_what_was_begun_is_finished(self, step, callers):
         stored, begun = [], []
 
         def fail(name: str, item: int) -> None:
@@ -207,7 +221,9 @@ class TestOverlap:
             stored.append(item)
 
         with pytest.raises(RuntimeError, match="no"):
-            for _ in overlapped(range(50), lambda item: item, lambda item, x: fail("work", item), store):
+            for _ in overlapped(
+                range(50), lambda item: item, lambda item, x: fail("work", item), store, callers=callers
+            ):
                 pass
         assert sorted(stored) == sorted(set(begun) - ({3} if step == "store" else set())) and len(begun) < 20
 

@@ -2,16 +2,19 @@
 
     python tests/bench/photo_sizes.py log/sizes_cpu_demo.json
 
-The bundled photo, enlarged, with 150 labels and the demo weights, from pixels in host memory to the label map at the
-photo's size. Each pair of size and mode runs in a process of its own: one warm-up, then RUNS.
+The bundled photo, enlarged, with 150 labels, from pixels in host memory to the label map at the photo's size. Each pair
+of size and mode runs in a process of its own: one warm-up, then the runs. The GPU's memory is what is in use more than
+before, by anyone, at its highest.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,48 +22,74 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIZES = ((480, 480), (1000, 1000), (2000, 1500), (4000, 3000), (4000, 4000))  # width, height
-MODES = ("whole", "window")
-LABELS, RUNS = 150, 3
+LABELS = 150
 
 
-def measure(mode: str, width: int, height: int, backend: str) -> dict:
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--weights", default="demo")
+    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
+    parser.add_argument("--modes", default="whole,window")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--one", nargs=3, metavar=("MODE", "WIDTH", "HEIGHT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace, mode: str, width: int, height: int) -> dict:
     import cv2
+    import numpy as np
 
     from lseg import Segmenter
-    from lseg.benchmark import summarise
+    from lseg.benchmark import gpu_memory_mib, summarise
     from lseg.image import read_image
 
     photo = cv2.resize(read_image(ROOT / "image" / "temple.jpg"), (width, height), interpolation=cv2.INTER_CUBIC)
-    taken = []
-    with Segmenter(backend=backend) as lseg:
-        text = lseg.embed([f"thing number {index}" for index in range(LABELS)])
-        for turn in range(RUNS + 1):
+    rng, taken, before, most, done = np.random.default_rng(0), [], gpu_memory_mib(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            most[0] = max(most[0], gpu_memory_mib() or 0.0)
+
+    with Segmenter(args.weights, args.backend, onnx=args.onnx) as lseg:
+        text = rng.standard_normal((LABELS, 512)).astype(np.float32)
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
+        identity = str(lseg.runner.identity)
+        for turn in range(args.runs + 1):
             start = time.perf_counter()
             lseg.segment(photo, text, mode)
             if turn:
                 taken.append((time.perf_counter() - start) * 1e3)
-        identity = str(lseg.runner.identity)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        if before is not None:
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            for _ in range(20):
+                lseg.segment(photo, text, mode)
+            done.set()
+            watcher.join()
     found = {"mode": mode, "width": width, "height": height, "labels": LABELS, "milliseconds": summarise(taken)}
-    return {**found, "peak_host_mib": peak, "made_by": identity}
+    found |= {"peak_host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, "made_by": identity}
+    return found | ({} if before is None else {"peak_gpu_mib": round(most[0] - before)})
 
 
-def main(output: Path, backend: str = "auto") -> None:
+def main(args: argparse.Namespace) -> None:
+    if args.one:
+        print(json.dumps(measure(args, args.one[0], int(args.one[1]), int(args.one[2]))))
+        return
     from lseg.benchmark import machine
 
     rows, about = [], machine()
-    for mode in MODES:
+    for mode in args.modes.split(","):
         for width, height in SIZES:
-            command = [sys.executable, __file__, "--one", mode, str(width), str(height), backend]
+            # sys.orig_argv: what ran this script may have prepared the process.
+            command = [*sys.orig_argv, "--one", mode, str(width), str(height)]
             line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             rows.append(json.loads(line))
-            median = rows[-1]["milliseconds"]["median"]
-            print(f"{mode} {width} x {height}: {median:.0f} ms, {rows[-1]['peak_host_mib']} MiB", flush=True)
-            output.write_text(json.dumps({"weights": "demo", "machine": about, "rows": rows}, indent=1) + "\n")
+            print({key: rows[-1][key] for key in rows[-1] if key != "made_by"}, flush=True)
+            report = {"weights": Path(args.weights).stem, "machine": about, "rows": rows}
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--one":
-        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])))
-    else:
-        main(Path(sys.argv[1]), *sys.argv[2:])
+    main(parse_args())

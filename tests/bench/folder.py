@@ -1,0 +1,70 @@
+"""How busy the image encoder is over a folder of photos, with reading and writing beside it and one after the other.
+
+    python tests/bench/folder.py FOLDER OUTPUT.json [--count 500] [--onnx FOLDER --weights FILE ...]
+
+Photos go round until there are as many as asked for. The share is the time in the encoder (and its scoring) over the
+time of the whole run, the engines' loading and the texts' embedding left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from enginerun import LABELS  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--weights", default="demo")
+    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
+    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    from lseg.benchmark import machine
+    from lseg.labels import parse_labels
+    from lseg.photos import Wanted, segment_photos
+    from lseg.runner import EngineOptions, Timings, open_runner
+    from lseg.sources import list_photos
+    from lseg.tokenizer import Tokenizer
+    from lseg.vocabulary import Vocabulary
+
+    labels = parse_labels(LABELS)
+    photos = list_photos([str(args.folder)])[0]
+    options = EngineOptions(args.engines, args.precision)
+    report = {"machine": machine(), "weights": Path(args.weights).stem, "photos": args.count, "runs": []}
+    with open_runner(args.backend, args.weights, args.onnx, engines=options) as runner:
+        report["backend"] = str(runner.identity)
+        text = runner.encode_text(Tokenizer()(labels.names))
+        vocabulary = Vocabulary.of(labels)
+        for overlap in (True, False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                tasks = [(photos[i % len(photos)], Path(f"{i:05d}")) for i in range(args.count)]
+                timings = Timings()
+                start = time.perf_counter()
+                for group in [tasks] if overlap else [[task] for task in tasks]:
+                    segment_photos(group, runner, text, vocabulary, Wanted(Path(folder), quiet=True), timings, str)
+                seconds = time.perf_counter() - start
+            run = {"overlap": overlap, "seconds": seconds, "photos_per_second": args.count / seconds}
+            run |= {"encoder_busy_percent": timings.milliseconds["encode_image"] / seconds / 10}
+            report["runs"].append(run | {"milliseconds": timings.milliseconds})
+            print(report["runs"][-1], flush=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())
