@@ -14,6 +14,7 @@ import numpy as np
 
 from lseg.errors import UserError
 
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the work of others on the default stream neither waits nor is waited for
 THREAD_LOCAL_CAPTURE = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 
 
@@ -64,7 +65,13 @@ class Device:
         self.name: str = device.name()
         self.compute_capability: str = "{}.{}".format(*device.compute_capability())
 
+    def stream(self) -> object:
+        """A stream of its own. Use with the device current."""
+        return self.driver.Stream(NON_BLOCKING)
+
     def __enter__(self) -> Device:
+        if self._context is None:
+            raise UserError("the GPU was closed: open the backend again")
         self._context.push()
         return self
 
@@ -72,6 +79,14 @@ class Device:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._context.pop()
+        if isinstance(error, self.driver.MemoryError):
+            raise UserError(f"the GPU has no memory left ({error}): close other programs") from error
+        if isinstance(error, self.driver.Error):
+            raise UserError(f"the GPU failed ({error}): run nvidia-smi, and try again") from error
+
+    @property
+    def closed(self) -> bool:
+        return self._context is None
 
     def memory_used(self) -> int:
         """Bytes of the GPU's memory in use, by anyone."""
@@ -101,8 +116,8 @@ class Buffer:
             if host:
                 self.host = device.driver.pagelocked_empty(self.size, self.dtype)
         except device.driver.MemoryError as error:
-            mib = self.size * self.dtype.itemsize >> 20
-            raise UserError(f"the GPU has no {mib} MiB left: close other programs or use smaller batches") from error
+            mib = -(-self.size * self.dtype.itemsize // 2**20)
+            raise UserError(f"the GPU, or the host for it, has no {mib} MiB left: close other programs") from error
 
     @property
     def address(self) -> int:
@@ -125,14 +140,16 @@ class Buffer:
         """Sets the first `count` elements to zero, on the stream."""
         self._driver.memset_d8_async(self._memory, 0, count * self.dtype.itemsize, stream)
 
-    def put(self, values: np.ndarray) -> None:
-        """Copies an array to the GPU, and waits for it. Needs no twin on the host."""
-        self._driver.memcpy_htod(self._memory, np.ascontiguousarray(values))
+    def put(self, stream: object, values: np.ndarray) -> None:
+        """Copies an array to the GPU, on the stream, and waits for it. Needs no twin on the host."""
+        self._driver.memcpy_htod_async(self._memory, np.ascontiguousarray(values, self.dtype), stream)
+        stream.synchronize()  # type: ignore[attr-defined]
 
-    def read(self, count: int) -> np.ndarray:
-        """The first `count` elements, in an array of its own. The stream's work must be done."""
+    def read(self, stream: object, count: int) -> np.ndarray:
+        """The first `count` elements, in an array of its own, after the stream's work."""
         values = np.empty(count, self.dtype)
-        self._driver.memcpy_dtoh(values, self._memory)
+        self._driver.memcpy_dtoh_async(values, self._memory, stream)
+        stream.synchronize()  # type: ignore[attr-defined]
         return values
 
     def free(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
 
-BACKGROUND = (255, 255, 255)
+BACKGROUND = 255  # white
 BORDER = 255  # between regions: white
 BORDER_OPACITY = 0.75
 INK = (32, 33, 36)
@@ -180,27 +182,22 @@ class _Text:
     def __init__(self, size: int) -> None:
         self.size = size
         self._opencv = cv2.FontFace("uni") if hasattr(cv2, "FontFace") else None
-        if self._opencv is None:
-            from PIL import ImageFont
-
-            self._pillow = ImageFont.load_default(size)
 
     def width(self, text: str) -> int:
         if self._opencv:
             x, _, width, _ = cv2.getTextSize((0, 0), text, (0, 0), self._opencv, self.size, WEIGHT)
             return x + width
-        return round(self._pillow.getlength(_plain(text)))
+        return _pillow_width(text, self.size)
 
     def draw(self, canvas: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
         """Draws on the canvas, uint8 [H, W, 3], from x rightwards, the middle of capital letters at y."""
         if self._opencv:
             cv2.putText(canvas, text, (x, y + round(0.36 * self.size)), colour, self._opencv, self.size, WEIGHT)
             return
-        from PIL import Image, ImageDraw
-
-        picture = Image.fromarray(canvas)
-        ImageDraw.Draw(picture).text((x, y + round(0.36 * self.size)), _plain(text), colour, self._pillow, anchor="ls")
-        canvas[:] = picture
+        tile = _pillow_text(text, self.size, colour)
+        top = y - len(tile) // 2
+        place = canvas[max(top, 0) : top + len(tile), x : x + tile.shape[1]]
+        np.minimum(place, tile[max(-top, 0) :][: len(place), : place.shape[1]], out=place)
 
     def shorten(self, text: str, width: float) -> str:
         """As much of the text as fits into the width, with an ellipsis where it was cut."""
@@ -211,6 +208,30 @@ class _Text:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.width(text[:middle] + "...") <= width else (low, middle - 1)
         return text[:low].rstrip(", ") + "..."
+
+
+@lru_cache(8)
+def _pillow_font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+# Legends say the same words over and over, and Pillow keeps other threads waiting while it draws them.
+@lru_cache(4096)
+def _pillow_width(text: str, size: int) -> int:
+    return round(_pillow_font(size).getlength(_plain(text)))
+
+
+@lru_cache(4096)
+def _pillow_text(text: str, size: int, colour: tuple[int, int, int]) -> np.ndarray:
+    """Text on white, uint8 [height, width, 3], the middle of capital letters at half its height. Not to be changed."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (_pillow_width(text, size) + size, 4 * size), (BACKGROUND,) * 3)
+    base = (0, 2 * size + round(0.36 * size))
+    ImageDraw.Draw(picture).text(base, _plain(text), colour, _pillow_font(size), anchor="ls")
+    return np.asarray(picture)
 
 
 def _plain(text: str) -> str:

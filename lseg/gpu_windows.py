@@ -7,13 +7,17 @@ from contextlib import ExitStack
 import numpy as np
 
 from lseg.cuda import Buffer
+from lseg.errors import UserError
 from lseg.kernels import Place
-from lseg.recipes import LABELS_A_PASS
+from lseg.recipes import IMAGE, LABELS_A_PASS
 from lseg.runner import Timings
 from lseg.stages import Stages
 from lseg.windows import Inference, scaled_size, windows
 
-MAP_BYTES = 3 << 29  # of a round's score maps: 1.5 GiB; more labels go in rounds, and each encodes the photo again
+# Of a round's score maps, at most 1.5 GiB and half of what is free; more labels go in rounds, each of which encodes the
+# photo again.
+MAP_BYTES = 3 << 29
+MOST_SCALES = 8  # that the kernel sums up
 
 
 def label_windows(
@@ -22,13 +26,19 @@ def label_windows(
     """See `lseg.runner.Runner.label_windows`. Use with the device current.
 
     Raises:
-        UserError: the GPU has not enough memory.
+        UserError: the GPU has not enough memory, or the scales are too many.
     """
+    if len(how.scales) > MOST_SCALES:
+        raise UserError(f"{len(how.scales)} scales are more than the {MOST_SCALES} that the GPU sums up: give fewer")
     photo_size = photo.shape[:2]
     area = photo_size[0] * photo_size[1]
     sizes = [scaled_size(*photo_size, scale, stages.size) for scale in how.scales]
     pixels = [height * width for height, width in sizes]
-    step = max(1, min(LABELS_A_PASS, len(text), MAP_BYTES // (4 * sum(pixels))))
+    plans = [plan(size, stages.size, how.mirror) for size in sizes]
+    for name in {"dots"} | {IMAGE[part.stop - part.start] for places in plans for part in stages.batches(len(places))}:
+        stages.engine(name)  # building one needs memory
+    free = stages.device.driver.mem_get_info()[0] // 2
+    step = max(1, min(LABELS_A_PASS, len(text), min(MAP_BYTES, free) // (4 * sum(pixels))))
     with ExitStack() as owned:
 
         def take(count: int, dtype: np.dtype | type) -> Buffer:
@@ -39,11 +49,10 @@ def label_windows(
 
         def send(values: np.ndarray) -> int:
             buffer = take(values.size, values.dtype)
-            buffer.put(values)
+            buffer.put(stages.stream, values)
             return buffer.address
 
         source = timings.measure("preprocess", lambda: send(photo))
-        plans = [plan(size, stages.size, how.mirror) for size in sizes]
         places = [send(np.array(places, np.int32)) for places in plans]
         shares = [tuple(map(send, cover(size, stages.size))) for size in sizes]
         maps = take(step * sum(pixels), np.float32)
@@ -53,7 +62,7 @@ def label_windows(
 
         def score(group: np.ndarray) -> None:
             """Every scale's map of these texts."""
-            texts.put(group)
+            texts.put(stages.stream, group)
             maps.zero(stages.stream, maps.size)
             for index, size in enumerate(sizes):
                 for part in stages.batches(len(plans[index])):
@@ -71,8 +80,8 @@ def label_windows(
             group = text[start : start + step]
             timings.measure("encode_image", lambda group=group: score(group))
             timings.measure("similarity", lambda group=group, start=start: combine(len(group), start))
-        found = timings.measure("similarity", lambda: labels.read(area).reshape(photo_size))
-        return found, cosines.read(area).reshape(photo_size) if best else None
+        found = timings.measure("similarity", lambda: labels.read(stages.stream, area).reshape(photo_size))
+        return found, cosines.read(stages.stream, area).reshape(photo_size) if best else None
 
 
 def plan(size: tuple[int, int], side: int, mirror: bool) -> list[Place]:

@@ -7,9 +7,6 @@ import numpy as np
 from lseg.engine import import_tensorrt, make_logger
 from lseg.errors import UserError
 
-TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8}
-TYPES["BF16"] = np.uint16  # NumPy has no bfloat16: the upper halves of float32 numbers
-
 
 class Engine:
     """A loaded engine. Its inputs and outputs lie where `bind` is told. Use with the device current."""
@@ -20,6 +17,8 @@ class Engine:
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._runtime.deserialize_cuda_engine(serialized)
         if self.engine is None:
+            if "memory" in self._logger.last_error.lower():
+                raise UserError(f"the GPU has no memory left to load the engine ({self._logger.last_error})")
             raise EngineRefused(self._logger.last_error)
         self._stream = stream
         self.contexts = []
@@ -29,10 +28,6 @@ class Engine:
                 raise UserError(f"the GPU has no memory left to run the engine ({self._logger.last_error})")
             self.contexts.append(context)
         stream.synchronize()
-
-    def dtype(self, name: str) -> np.dtype:
-        """Of an input or output, as NumPy has it: see TYPES."""
-        return np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
 
     def bind(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> object:
         """Chooses the profile that takes these input shapes, sets shapes and addresses, and returns its context."""
@@ -65,7 +60,7 @@ class Engine:
 
 
 def to_float32(values: np.ndarray) -> np.ndarray:
-    """float16, float32 or bfloat16 (as uint16, see TYPES) to float32."""
+    """float16, float32 or bfloat16 to float32. NumPy has no bfloat16: here it is uint16, float32's upper half."""
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)

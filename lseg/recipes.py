@@ -49,11 +49,6 @@ class Recipe:
         """What the image encoder takes at a time, the largest first: the 2-D form one image, others eight as well."""
         return (1,) if self.matmul == "2d" else (MAX_BATCH, 1)
 
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """Names of all engines."""
-        return (*(IMAGE[batch] for batch in self.batches), "dots", "text")
-
     def spec(self, name: str) -> EngineSpec:
         """The spec of an engine: "image" (one at a time), "images8", "dots" or "text"."""
         file = TEXT_ONNX if name == "text" else IMAGE_ONNX

@@ -76,8 +76,12 @@ class TensorRTRunner:
         self._lock = threading.RLock()
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._text: np.ndarray | None = None  # the texts that the GPU holds
-        with self.device:
-            self.stages = Stages(self.device, recipe, options.folder, options.say, self.forget_graphs)
+        try:
+            with self.device:
+                self.stages = Stages(self.device, recipe, options.folder, options.say, self.forget_graphs)
+        except BaseException:
+            self.device.close()
+            raise
 
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
         if self.text_session:
@@ -89,17 +93,18 @@ class TensorRTRunner:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         with self._lock, self.device:
             buffer, shape = self._embed(pixels)
-            return to_float32(buffer.read(int(np.prod(shape)))).reshape(shape)
+            return to_float32(buffer.read(self.stages.stream, int(np.prod(shape)))).reshape(shape)
 
     def embed(self, pixels: np.ndarray) -> DeviceArray:
         if self.stages.dtype == np.uint16:
             raise UserError("bfloat16 embeddings are not handed out: choose --precision fp16")
         with self._lock, self.device:
             buffer, shape = self._embed(pixels)
-        return DeviceArray(buffer.address, shape, buffer.dtype, self)
+            return DeviceArray(buffer.address, shape, buffer.dtype, self)
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         self._check(pixels)
+        self._check_text(text)
         timings = Timings()
         with self._lock, self.device:
             work = self._segment if len(text) <= LABELS_A_PASS else self._segment_in_passes
@@ -113,11 +118,15 @@ class TensorRTRunner:
     def label_windows(
         self, photo: np.ndarray, text: np.ndarray, how: Inference, best: bool, timings: Timings
     ) -> tuple[np.ndarray, np.ndarray | None]:
+        self._check_text(text)
         with self._lock, self.device:
             return label_windows(self.stages, photo, text, how, best, timings)
 
     def scores(self, images: np.ndarray, text: np.ndarray) -> np.ndarray:
         size, stages = self.image_size, self.stages
+        self._check_text(text)
+        if images.shape[1:] != (3, size, size):
+            raise UserError(f"images of shape {list(images.shape)} do not fit: give float32 [B, 3, {size}, {size}]")
         result = np.empty((len(images), len(text), size, size), np.float32)
         with self._lock, self.device:
             places = self._whole()
@@ -133,9 +142,8 @@ class TensorRTRunner:
                     scores.zero(stages.stream, len(group) * size**2)
                     covered = (shares.address, shares.address)
                     stages.add_scores(1, address, len(group), places.address, covered, (size, size), scores.address)
-                    stages.stream.synchronize()
                     found = result[index, start : start + len(group)]
-                    found[...] = scores.read(found.size).reshape(found.shape)
+                    found[...] = scores.read(stages.stream, found.size).reshape(found.shape)
         return result
 
     def forget_graphs(self) -> None:
@@ -148,8 +156,17 @@ class TensorRTRunner:
         size = self.image_size
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
             raise UserError(f"images of shape {list(pixels.shape)} do not fit: give uint8 [B, {size}, {size}, 3]")
+        if len(pixels) == 0:
+            raise UserError("no image is given: give at least one")
         if len(pixels) > MAX_BATCH:
             raise UserError(f"{len(pixels)} images are more than the {MAX_BATCH} that one call takes: split the batch")
+
+    def _check_text(self, text: np.ndarray) -> None:
+        dimension = self.stages.dimension
+        if len(text) == 0 or text.shape[1:] != (dimension,):
+            raise UserError(
+                f"texts of shape {list(text.shape)} do not fit: give float32 [N, {dimension}], N at least 1"
+            )
 
     def _whole(self) -> Buffer:
         """Places of windows that are whole photos, one after the other."""
@@ -213,7 +230,10 @@ class TensorRTRunner:
                 stages.stream.synchronize()
                 while len(self._graphs) >= GRAPHS:
                     self._graphs.pop(next(iter(self._graphs))).close()
-                self._graphs[key] = Graph(stages.stream, work)
+                try:
+                    self._graphs[key] = Graph(stages.stream, work)
+                except (RuntimeError, self.device.driver.Error):
+                    pass  # others' work in the context can forbid it; what is wanted has run already
         stages.stream.synchronize()
         return labels.host[:size].reshape(shape).copy(), self._read(cosines, shape, best)
 
@@ -231,12 +251,13 @@ class TensorRTRunner:
             stages.stream.synchronize()  # the host's copy of the last group is still being read
             address = self._upload_text(group)
             stages.label(batch, address, len(group), labels.address, cosines.address, offset=start)
-        stages.stream.synchronize()
-        return labels.read(size).reshape(shape), self._read(cosines, shape, best)
+        return labels.read(stages.stream, size).reshape(shape), self._read(cosines, shape, best)
 
     def _read(self, buffer: Buffer, shape: tuple[int, ...], wanted: bool) -> np.ndarray:
         """What a buffer holds, or an empty array where it is not wanted."""
-        return buffer.read(int(np.prod(shape))).reshape(shape) if wanted else np.empty(0, buffer.dtype)
+        if not wanted:
+            return np.empty(0, buffer.dtype)
+        return buffer.read(self.stages.stream, int(np.prod(shape))).reshape(shape)
 
     @property
     def build_seconds(self) -> float:
@@ -244,12 +265,13 @@ class TensorRTRunner:
         return self.stages.build_seconds
 
     def close(self) -> None:
-        if self.device._context is None:
-            return
-        with self._lock, self.device:
-            self.forget_graphs()
-            self.stages.close()
-        self.device.close()
+        with self._lock:
+            if self.device.closed:
+                return
+            with self.device:
+                self.forget_graphs()
+                self.stages.close()
+            self.device.close()
 
     def __enter__(self) -> TensorRTRunner:
         return self

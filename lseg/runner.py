@@ -96,7 +96,7 @@ class Runner(Protocol):
     def embed(self, pixels: np.ndarray) -> Any:
         """`encode_image` without a copy: an array that DLPack takes, float32 or float16, where the network left it.
 
-        It holds until this runner's next call, which may overwrite it, and until `close`, which frees it.
+        It holds until this runner's next call, which may overwrite or free it, and until `close`, which frees it.
         """
         ...
 

@@ -133,8 +133,8 @@ class Segmenter:
     def features_on_device(self, photo: str | Path | np.ndarray) -> Any:
         """The same, [1, D, G, G], where the network left it: nothing is copied.
 
-        It holds until the next call, which may overwrite it, and until `close`, which frees it: work on other streams
-        must be done by then. Copy what is to stay.
+        It holds until the next call, which may overwrite or free it, and until `close`, which frees it: work on other
+        streams must be done by then. Copy what is to stay.
 
         Returns:
             a PyTorch tensor, or an array that `torch.from_dlpack`, `cupy.asarray` and their like take; float32, or

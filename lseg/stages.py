@@ -44,7 +44,7 @@ class Stages:
         self.dimension: int = recipe.config["embedding"]
         self.wide = 2 * recipe.side  # of the embeddings: 240
         self.dtype = np.dtype(Z_TYPES.get(recipe.precision, np.float32))
-        self.stream = device.driver.Stream()
+        self.stream = device.stream()
         self.kernels = Kernels(device, self.stream, self.dtype, self.dimension, recipe.side)
         self._engines: dict[str, Engine] = {}
         self._buffers: dict[str, Buffer] = {}
@@ -75,8 +75,7 @@ class Stages:
         result = self.buffer("text_result", LABELS_A_PASS * self.dimension)
         source.write(self.stream, tokens.astype(np.int32))
         engine.enqueue(engine.bind({"tokens": tokens.shape}, {"tokens": source.address, "text": result.address}))
-        self.stream.synchronize()
-        return result.read(len(tokens) * self.dimension).reshape(len(tokens), -1)
+        return result.read(self.stream, len(tokens) * self.dimension).reshape(len(tokens), -1)
 
     def cut(self, photos: int, photo_size: tuple[int, int], size: tuple[int, int], places: int, batch: int) -> None:
         """Windows of photos (see `Kernels.cut_windows`) to the encoder's input."""
@@ -161,7 +160,7 @@ class Stages:
             engine.close()
         for buffer in self._buffers.values():
             buffer.free()
-        self._engines, self._buffers, self.stream = {}, {}, None
+        self._engines, self._buffers, self.kernels, self.stream = {}, {}, None, None
 
     def _images(self, batch: int) -> Buffer:
         return self.buffer("images", batch * 3 * self.size**2, host=True)

@@ -19,8 +19,6 @@ import onnxruntime
 import pytest
 
 import lseg.kernels
-from lseg.loaded_engine import TYPES
-from lseg.recipes import Recipe
 
 SOURCE = Path(lseg.kernels.__file__).with_name("kernels.cu")
 
@@ -103,11 +101,11 @@ class Driver(ModuleType):
 
     class Error(Exception): ...
 
-    class MemoryError(Exception): ...
+    class MemoryError(Error): ...
 
     def __init__(self, kernels: ctypes.CDLL, limit: int = 1 << 40):
         super().__init__("pycuda.driver")
-        self.kernels, self.limit, self.allocated, self.depth = kernels, limit, 0, 0
+        self.kernels, self.limit, self.allocated, self.depth, self.retained = kernels, limit, 0, 0, 0
         self.launched: list[str] = []
         driver = self
 
@@ -123,10 +121,14 @@ class Driver(ModuleType):
                 def move(by: int) -> None:
                     driver.depth += by
 
-                return SimpleNamespace(push=lambda: move(1), pop=lambda: move(-1), detach=lambda: None)
+                def detach() -> None:
+                    driver.retained -= 1
+
+                driver.retained += 1
+                return SimpleNamespace(push=lambda: move(1), pop=lambda: move(-1), detach=detach)
 
         self.Device = Device
-        self.Stream = lambda: SimpleNamespace(handle=0, synchronize=lambda: None)
+        self.Stream = lambda flags: SimpleNamespace(handle=0, synchronize=lambda: None)
 
     def init(self) -> None: ...
 
@@ -232,8 +234,7 @@ class Engine:
 
 
 def _view(address: int, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    names = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32"}
-    dtype = np.dtype(TYPES[names[kind]])
+    dtype = np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}[kind])
     size = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype).reshape(shape)
 
@@ -265,6 +266,3 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, kernels: ctypes.CDLL, limit: int =
     monkeypatch.setattr("lseg.stages.Engine", Engine)
     monkeypatch.setattr("lseg.stages.get_engine", lambda spec, prepare, *_: prepare().SerializeToString())
     return driver
-
-
-__all__ = ["Recipe", "compile_kernels", "kernel_names", "stand_in"]

@@ -63,7 +63,7 @@ BUILDS = [(precision, matmul, EVERY) for precision in ("fp32", "fp16") for matmu
 )
 def test_every_engine_builds(trt, exported, tmp_path, precision, matmul, engines):
     made = recipe(exported, precision, matmul)
-    for name in engines or made.engines:
+    for name in engines or (*(recipes.IMAGE[batch] for batch in made.batches), "dots", "text"):
         spec = made.spec(name)
         assert get_engine(spec, lambda name=name: made.prepare(name), tmp_path, DEVICE, say=lambda _: None)
         path = engine_path(tmp_path, provenance(spec, DEVICE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lseg.nvrtc import SOURCE, library_path
 from lseg.windows import resize_aligned, scaled_size
 from tests.gpu_stand_in import compile_kernels, kernel_names, stand_in
 
+STREAM = SimpleNamespace(synchronize=lambda: None)
 BFLOAT = np.uint16
 BOUNDS = {np.float32: 1e-6, np.float16: 1e-3, BFLOAT: 8e-3}  # of results in that type, relative
 
@@ -38,7 +40,7 @@ def gpu(library, monkeypatch):
 
 def send(device: Device, values: np.ndarray) -> Buffer:
     buffer = Buffer(device, values.shape, values.dtype, host=False)
-    buffer.put(values)
+    buffer.put(STREAM, values)
     device.sent.append(buffer)
     return buffer
 
@@ -76,10 +78,10 @@ def test_lengths_and_embeddings(gpu, seed, kind, batch, side):
     kernels.inverse_lengths(source.address, sums.address, inverse.address, batch)
     wide = double(exact)
     lengths = wide.norm(dim=1)
-    np.testing.assert_allclose(inverse.read(count).reshape(lengths.shape), 1 / lengths.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(inverse.read(STREAM, count).reshape(lengths.shape), 1 / lengths.numpy(), rtol=1e-5)
     result = Buffer(gpu, (count * dimension,), kind, host=False)
     kernels.embeddings(source.address, inverse.address, result.address, batch)
-    found = result.read(count * dimension)
+    found = result.read(STREAM, count * dimension)
     if kind is BFLOAT:
         found = (found.astype(np.uint32) << 16).view(np.float32)
     expected = (wide / lengths[:, None]).numpy()
@@ -97,7 +99,7 @@ def test_labels(gpu, seed, kind, batch, texts, side):
     shape = (batch, 4 * side, 4 * side)
     labels, best = Buffer(gpu, shape, np.uint8, host=False), Buffer(gpu, shape, np.float32, host=False)
     kernels.label(send(gpu, dots).address, inverse.address, labels.address, best.address, batch, texts)
-    found, top = labels.read(labels.size).reshape(shape), best.read(best.size).reshape(shape)
+    found, top = labels.read(STREAM, labels.size).reshape(shape), best.read(STREAM, best.size).reshape(shape)
     assert np.abs(top - cosines.max(dim=1).values.numpy()).max() <= 1e-5
     chosen = cosines.gather(1, torch.from_numpy(found).long()[:, None])[:, 0]
     assert (cosines.max(dim=1).values - chosen).max() <= 1e-5  # another label only where two are as good
@@ -107,8 +109,8 @@ def test_labels(gpu, seed, kind, batch, texts, side):
         group = np.ascontiguousarray(dots[:, start : start + 3])
         address = send(gpu, group).address
         kernels.label(address, inverse.address, many.address, best.address, batch, group.shape[1], offset=start)
-    np.testing.assert_array_equal(many.read(many.size).reshape(shape), found)
-    np.testing.assert_array_equal(best.read(best.size).reshape(shape), top)
+    np.testing.assert_array_equal(many.read(STREAM, many.size).reshape(shape), found)
+    np.testing.assert_array_equal(best.read(STREAM, best.size).reshape(shape), top)
 
 
 def test_the_first_of_equal_labels_wins(gpu, seed):
@@ -119,7 +121,7 @@ def test_the_first_of_equal_labels_wins(gpu, seed):
     kernels = Kernels(gpu, None, np.float32, exact.shape[1], side)
     labels, best = (Buffer(gpu, (24 * 24,), dtype, host=False) for dtype in (np.uint8, np.float32))
     kernels.label(send(gpu, dots).address, inverse.address, labels.address, best.address, 1, 4)
-    assert set(labels.read(labels.size)) <= {0, 1}
+    assert set(labels.read(STREAM, labels.size)) <= {0, 1}
 
 
 @pytest.mark.parametrize("photo_size", [(37, 50), (70, 23), (1, 1), (16, 16), (3, 200)])
@@ -134,7 +136,7 @@ def test_windows_are_cut_as_on_the_host(gpu, seed, photo_size):
     Kernels(gpu, None, np.float32, 8, 4).cut_windows(
         source.address, photo_size, size, at.address, images.address, shape
     )
-    found = images.read(images.size).reshape(shape)
+    found = images.read(STREAM, images.size).reshape(shape)
     for image, (photo, top, left, mirrored) in zip(found, places, strict=True):
         scaled = resize_aligned(photos[photo].transpose(2, 0, 1).astype(np.float32), *size) * np.float32(2 / 255) - 1
         expected = np.full((3, side, side), -1, np.float32)
@@ -171,7 +173,7 @@ def test_windows_add_up_to_a_photo(gpu, seed):
                 expected[(slice(None), *here)] += piece
                 count[here] += 0 if mirrored else 1
         expected /= count
-        found = scores.read(scores.size).reshape(expected.shape)
+        found = scores.read(STREAM, scores.size).reshape(expected.shape)
         assert np.abs(found - expected.numpy()).max() <= 1e-5
         total += F.interpolate(expected[None], photo_size, mode="bilinear", align_corners=True)
         table.append((scores.address, *size))
@@ -179,10 +181,10 @@ def test_windows_add_up_to_a_photo(gpu, seed):
     labels, best = (Buffer(gpu, photo_size, dtype, host=False) for dtype in (np.int32, np.float32))
     maps = send(gpu, np.array(table, np.int64))
     kernels.combine(maps.address, len(table), texts, photo_size, 0, labels.address, best.address)
-    chosen = total.gather(1, torch.from_numpy(labels.read(labels.size).reshape(1, 1, *photo_size)).long())
+    chosen = total.gather(1, torch.from_numpy(labels.read(STREAM, labels.size).reshape(1, 1, *photo_size)).long())
     highest = total.max(dim=1).values
     assert (highest - chosen[0]).max() <= 1e-5
-    assert np.abs(best.read(best.size).reshape(photo_size) - highest[0].numpy()).max() <= 1e-5
+    assert np.abs(best.read(STREAM, best.size).reshape(photo_size) - highest[0].numpy()).max() <= 1e-5
 
 
 def compile_file(source: Path, output: Path) -> subprocess.CompletedProcess:

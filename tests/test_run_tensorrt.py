@@ -11,6 +11,7 @@ from lseg.inference import label_photo
 from lseg.recipes import IMAGE
 from lseg.run_tensorrt import TensorRTRunner
 from lseg.runner import EngineOptions, Timings, open_runner
+from lseg.windows import Inference
 from tests.gpu_stand_in import compile_kernels, stand_in
 
 EXACT, HALF = 1e-5, 1e-2  # of cosines and embeddings, in float32 and float16
@@ -44,7 +45,7 @@ def opened(driver, tiny, tmp_path):
     yield open_it
     for runner in runners:
         runner.close()
-    assert (driver.allocated, driver.depth) == (0, 0)
+    assert (driver.allocated, driver.depth, driver.retained) == (0, 0, 0)
 
 
 def draw(rng: np.random.Generator, count: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,9 +171,70 @@ def test_texts_that_change_in_place(opened, torch_runner, seed):
     assert (runner.segment(pixels, text).labels == torch_runner.segment(pixels, text).labels).mean() >= 0.999
 
 
+def test_wrong_shapes_are_told(opened, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    pixels, text = draw(rng, 1, 4)
+    for wrong in (text[:, :12], np.concatenate([text, text], axis=1), text[:0]):
+        with pytest.raises(UserError, match="texts of shape .* do not fit"):
+            runner.segment(pixels, wrong)
+        with pytest.raises(UserError, match="texts of shape .* do not fit"):
+            label_photo(runner, pixels[0], wrong, "window")
+        with pytest.raises(UserError, match="texts of shape .* do not fit"):
+            runner.scores(np.zeros((1, 3, 64, 64), np.float32), wrong)
+    with pytest.raises(UserError, match="images of shape .* do not fit"):
+        runner.scores(np.zeros((1, 3, 32, 32), np.float32), text)
+    for work in (lambda: runner.segment(pixels[:0], text), lambda: runner.encode_image(pixels[:0])):
+        with pytest.raises(UserError, match="no image is given"):
+            work()
+    with pytest.raises(UserError, match="9 scales are more than the 8"):
+        runner.label_windows(pixels[0], text, Inference((1.0,) * 9), False, Timings())
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(opened, torch_runner, seed, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cuStreamEndCapture failed with CUDA error 901")
+
+    monkeypatch.setattr(run_tensorrt, "Graph", refuse)
+    rng, runner = np.random.default_rng(seed), opened()
+    for _ in range(2):
+        pixels, text = draw(rng, 1, 4)
+        assert (runner.segment(pixels, text).labels == torch_runner.segment(pixels, text).labels).mean() >= 0.999
+
+
+def test_failures_of_the_gpu_are_told(opened, driver, seed):
+    rng, runner = np.random.default_rng(seed), opened()
+    pixels, text = draw(rng, 1, 4)
+    for error, words in ((driver.MemoryError, "the GPU has no memory left"), (driver.Error, "the GPU failed")):
+
+        def fail(*_: object, error: type = error) -> None:
+            raise error("at a launch")
+
+        runner.stages.kernels._launch, launch = fail, runner.stages.kernels._launch
+        with pytest.raises(UserError, match=words):
+            runner.encode_image(pixels)
+        runner.stages.kernels._launch = launch
+    runner.segment(pixels, text)
+    runner.close()
+    runner.close()
+    with pytest.raises(UserError, match="the GPU was closed"):
+        runner.segment(pixels, text)
+
+
+def test_kernels_that_the_driver_refuses(library, monkeypatch, tiny, tmp_path):
+    driver = stand_in(monkeypatch, library)
+
+    def refuse(ptx: bytes) -> None:
+        raise driver.Error("unsupported PTX version")
+
+    monkeypatch.setattr(driver, "module_from_buffer", refuse, raising=False)
+    with pytest.raises(UserError, match="does not take kernels.ptx .unsupported PTX version.: update"):
+        TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d"))
+    assert (driver.allocated, driver.depth, driver.retained) == (0, 0, 0)
+
+
 def test_a_full_gpu_is_told(library, monkeypatch, tiny, tmp_path, seed):
     driver = stand_in(monkeypatch, library, limit=200_000)
     with TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d")) as runner:
-        with pytest.raises(UserError, match="the GPU has no [0-9]+ MiB left"):
+        with pytest.raises(UserError, match="has no [1-9][0-9]* MiB left: close other programs"):
             runner.segment(*draw(np.random.default_rng(seed), 1, 3))
-    assert (driver.allocated, driver.depth) == (0, 0)
+    assert (driver.allocated, driver.depth, driver.retained) == (0, 0, 0)

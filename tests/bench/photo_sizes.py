@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = ((480, 480), (1000, 1000), (2000, 1500), (4000, 3000), (4000, 4000))  # width, height
+SIZES = "480x480,1000x1000,2000x1500,4000x3000,4000x4000"  # width and height
 LABELS = 150
 
 
@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weights", default="demo")
     parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
     parser.add_argument("--modes", default="whole,window")
+    parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--one", nargs=3, metavar=("MODE", "WIDTH", "HEIGHT"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -81,9 +82,9 @@ def main(args: argparse.Namespace) -> None:
 
     rows, about = [], machine()
     for mode in args.modes.split(","):
-        for width, height in SIZES:
+        for width, height in (size.split("x") for size in args.sizes.split(",")):
             # sys.orig_argv: what ran this script may have prepared the process.
-            command = [*sys.orig_argv, "--one", mode, str(width), str(height)]
+            command = [*sys.orig_argv, "--one", mode, width, height]
             line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             rows.append(json.loads(line))
             print({key: rows[-1][key] for key in rows[-1] if key != "made_by"}, flush=True)
