@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--label-map",
         action="store_true",
-        help="write lseg_labels.onnx too, which engines of label maps are built from: pixels and text to labels",
+        help="write lseg_labels.onnx too, pixels and text to labels in one graph: for trtexec and other runtimes",
     )
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of --label-map (default: fp32)")
     parser.add_argument("--matmul", choices=("4d", "3d", "2d"), default="4d", help="of --label-map (default: 4d)")

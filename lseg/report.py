@@ -31,7 +31,7 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
     """Reads reports and merges those of the same weights, inputs and settings on the same machine, in order.
 
     Raises:
-        UserError: a file cannot be read or is no report, or two that belong together measured the same backend.
+        UserError: a file cannot be read or is no report, or two that belong together measured the same.
     """
     merged: dict[tuple, dict] = {}
     for path in paths:
@@ -49,13 +49,18 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
         if key not in merged:
             merged[key] = report
             continue
-        there = {row["variant"] for row in merged[key]["rows"]}
-        twice = [row["variant"] for row in report["rows"] if row["variant"] in there]
+        there = [case for row in merged[key]["rows"] for case in _measured(row)]
+        twice = [case for row in report["rows"] for case in _measured(row) if case in there]
         if twice:
-            raise UserError(f"{path} holds {twice[0]}, as another report of the same weights and machine: give one")
+            raise UserError(f"{path} holds {twice[0][0]}, as another report of the same weights and machine: give one")
         merged[key]["rows"] += report["rows"]
         merged[key]["matrix_rate"] |= report["matrix_rate"]
     return list(merged.values())
+
+
+def _measured(row: dict) -> list[tuple]:
+    """What a row has of a backend: its accuracy alone, or the numbers of images and labels that it was timed with."""
+    return [(row["variant"], case["batch"], case["labels"]) for case in row["speed"]] or [(row["variant"],)]
 
 
 def markdown(report: dict) -> str:

@@ -145,6 +145,20 @@ def test_memory_of_windows_is_given_back(opened, driver, seed):
     assert held[0] == held[1] == held[2]
 
 
+def test_little_memory_means_more_rounds(library, monkeypatch, tiny, tmp_path, torch_runner, seed):
+    """Maps take at most half of what is free: where that is little, labels go in rounds, and the result is the same."""
+    rng = np.random.default_rng(seed)
+    photo, text = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8), draw(rng, 1, 40)[1]
+    wanted = label_photo(torch_runner, photo, text, "multiscale")[0]
+    rounds = []
+    for limit in (1 << 30, 8_000_000):
+        driver = stand_in(monkeypatch, library, limit)
+        with TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d")) as runner:
+            assert (label_photo(runner, photo, text, "multiscale")[0] == wanted).mean() >= 0.999
+        rounds.append(driver.launched.count("combine"))
+    assert rounds[0] == 1 < rounds[1]
+
+
 def test_scores(opened, torch_runner, seed):
     rng, runner = np.random.default_rng(seed), opened()
     images = rng.uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
