@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+BUCKETS = ("s3", "gs", "gcs")  # in whose paths the bucket comes first
 PARQUET, TAR = (".parquet", ".pq"), (".tar",)
 WHOLE = -1  # a row's `offset` and `group` where the file itself is the image
 
@@ -257,22 +258,24 @@ def _image_type(path: str, schema: pa.Schema, column: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _store_of(scheme_and_host: str, uri: str) -> pyarrow.fs.FileSystem:
+def _store_of(root: str) -> pyarrow.fs.FileSystem:
     import pyarrow.fs as pafs
 
-    return pafs.FileSystem.from_uri(uri)[0]
+    return pafs.FileSystem.from_uri(root)[0]
 
 
 def open_store(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """A URI's file system and the path in it; UserError where there is none of that kind, or it does not answer."""
+    """A URI's file system and the path in it; UserError where it is of another kind, or does not answer."""
     import pyarrow as pa
 
     scheme, _, rest = uri.partition("://")
+    if scheme not in (*BUCKETS, "hdfs", "file"):
+        raise UserError(f"{uri} is of no kind known here: give s3://, gs://, hdfs:// or file://")
+    host, _, path = rest.partition("/")
     try:
-        files = _store_of(f"{scheme}://{rest.split('/')[0]}", f"{scheme}://{rest.split('/')[0]}/")
-        return files, rest if scheme in ("s3", "gs", "gcs") else "/" + rest.partition("/")[2]
+        return _store_of(f"{scheme}://{host}/"), rest if scheme in BUCKETS else f"/{path}"
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{uri} cannot be opened ({one_line(error)}); give s3://, gs://, hdfs:// or file://") from None
+        raise UserError(f"{uri} cannot be opened ({one_line(error)}); check its name and your permissions") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lseg.bulk_inputs import URI, Row, one_line, open_store
+from lseg.bulk_inputs import BUCKETS, URI, Row, one_line, open_store
 from lseg.errors import UserError
 from lseg.files import writable_folder, write_files
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 JOB, PARTS = "job.json", "parts"
 FORMAT = 1  # of the parts and the job file
-OBJECTS = ("s3", "gs", "gcs", "abfs", "abfss")  # their files appear when they are complete
 
 
 class Output:
@@ -54,7 +53,7 @@ class Output:
             write_files({Path(self.where, name): data for name, data in contents.items()})
             return
         files, base = self._open()
-        direct = self.where.partition("://")[0].lower() in OBJECTS
+        direct = self.where.partition("://")[0] in BUCKETS  # whose files appear when they are complete
         try:
             for name, data in contents.items():
                 path = f"{base}/{name}"

@@ -6,7 +6,10 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,7 +182,9 @@ class TestRuns:
         assert_same(rows_in(tmp_path / "out"), lines_of(segment, photos, folder=tmp_path))
         code, out, _ = bulk(photos, "--resume")
         assert (code, out) == (0, ["note: 11 of 11 images are done already"])
+        refused(bulk, photos, tmp_path)
 
+    @pytest.mark.slow
     def test_what_kills_its_worker_does_not_hang(self, bulk, photos, tmp_path):
         code, _, err = bulk(sorted(photos.glob("*.jpg"))[0], stages=Stages(decode=always_dies))
         assert code == 2 and len(err) == 1
@@ -221,9 +226,14 @@ class TestRuns:
             found[row["name"]]["labels"] for row in rows_in(tmp_path / "local")
         ]
 
-    def test_features(self, bulk, tiny, photos, tmp_path):
-        code, _, err = bulk(photos, "--features", 9)
-        assert (code, err) == (0, [])
+    def test_features_by_two_actors(self, bulk, tiny, photos, tmp_path):
+        code, _, err = bulk(photos, "--features", 9, "--actors", 3)
+        assert code == 2 and err == [
+            "error: 3 actors would leave no CPU slot of the cluster's 3 for reading and writing: give --actors 2 or "
+            "fewer, or a larger cluster"
+        ]
+        code, out, err = bulk(photos, "--features", 9, "--actors", 2)  # what was refused has begun nothing
+        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, 2 on a CPU at a time")
         found = rows_in(tmp_path / "out")
         assert len(found) == 11
         with OnnxRuntimeRunner(tiny.weights, tiny.folder) as runner:
@@ -234,14 +244,49 @@ class TestRuns:
                 assert row["shape"] == list(expected.shape) and row["stride"] == 9
                 assert np.array_equal(np.array(row["features"], np.float16).reshape(expected.shape), expected)
 
-    def test_two_actors_would_take_every_slot(self, bulk, photos):
-        code, _, err = bulk(photos, "--actors", 3)
-        assert code == 2 and err == [
-            "error: 3 actors would leave no CPU slot of the cluster's 3 for reading and writing: give --actors 2 or "
-            "fewer, or a larger cluster"
-        ]
-        code, out, err = bulk(photos, "--actors", 2, "--resume")
-        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, 2 on a CPU at a time")
+
+@pytest.mark.slow
+def test_the_whole_run_is_killed(tiny, segment, tmp_path, seed):
+    """As a user runs it, a cluster of its own: killed while it works, and resumed."""
+    for index in range(60):
+        save(tmp_path / "photos" / f"p{index:02d}.jpg", seed + index, (1500, 1200))
+    command = [sys.executable, str(ROOT / "lseg_ray.py"), str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    command += ["--weights", tiny.weights, "--onnx", str(tiny.folder), "--labels", LABELS, "--part", "2"]
+    command += ["--backend", "onnxruntime"]
+    parts = tmp_path / "out" / "parts"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not parts.is_dir() or len(names(parts)) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < len(rows_in(tmp_path / "out")) < 60
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_same(rows_in(tmp_path / "out"), lines_of(segment, tmp_path / "photos", folder=tmp_path))
+
+
+def refused(bulk: Call, photos: Path, tmp_path: Path) -> None:
+    """What a job that is done does not take, each in a sentence, before anything is started or written."""
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    words = tmp_path / "words.txt"
+    words.write_text("sky\nbuilding\ntree\ncar\n")
+    other = 'was begun with other labels ([["sky"], ["building"], ["tree"], ["road"'
+    cases = {
+        (photos,): "out holds a job already: add --resume to go on, or choose another --output",
+        (
+            photos,
+            "--resume",
+            "--labels-file",
+            words,
+        ): 'was begun with other labels ([["sky"], ["building"], ["tree"], ["r',
+        (photos, "--resume", "--unknown", 0.1): "was begun with other --unknown (null, now 0.1): resume it with what",
+        (photos, "--resume", "--rle"): "was begun with other --rle (false, now true): resume it with what it was begun",
+    }
+    for arguments, sentence in cases.items():
+        code, _, err = bulk(*arguments)
+        assert code == 2 and len(err) == 1 and sentence in err[0]
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def pack_all(photos: Path, store: Path) -> None:
