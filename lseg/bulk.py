@@ -19,6 +19,7 @@ import numpy as np
 from lseg.bulk_inputs import Row, one_line
 from lseg.bulk_stages import Engines, Network, Part, Wanted, decode, pack, write
 from lseg.errors import UserError
+from lseg.image import silent_stderr
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOT = 0.5  # CPU slots of a worker that reads or writes: unlike an actor's, or Ray would put reading into the actors
@@ -55,7 +56,7 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
         UserError: Ray is not installed, or the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to stderr; what fails comes as an exception
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of C++, on stderr: what fails comes as an exception
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU leave the variable alone
     try:
         import ray
@@ -78,7 +79,8 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
         slots = max(3, _cores())
         options |= {"num_cpus": slots, "include_dashboard": False, "object_store_memory": MEMORY}
     try:
-        ray.init(**options)
+        with silent_stderr:  # it tells of the log level
+            ray.init(**options)
     except Exception as error:  # Ray has several
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
         raise UserError(
@@ -179,7 +181,6 @@ def run_parts(
     context = DataContext.get_current()
     context.enable_progress_bars = not quiet
     context.print_on_execution_start = False
-    kept = ray.put(text) if text is not None else None  # one copy a machine, however many actors
     stages = stages or Stages()
     data = ray.data.from_items([pack(list(part)) for part in parts], override_num_blocks=len(parts))
     with warnings.catch_warnings():  # how often to try has no other way in, up to the newest version asked for
@@ -187,7 +188,8 @@ def run_parts(
         data = data.map(stages.decode, fn_kwargs={"wanted": wanted}, num_cpus=SLOT, max_retries=TRIES)
         data = data.map(
             stages.network,
-            fn_constructor_kwargs={"engines": engines, "wanted": wanted, "text": kept},
+            # Ray keeps these in its object store: one copy of the texts a machine, however many actors.
+            fn_constructor_kwargs={"engines": engines, "wanted": wanted, "text": text},
             compute=ActorPoolStrategy(size=where.actors, max_tasks_in_flight_per_actor=2),
             num_cpus=1,
             num_gpus=where.gpus,

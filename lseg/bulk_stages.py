@@ -134,14 +134,10 @@ class Network:
     Args:
         engines: how to open them.
         wanted: what is made.
-        text: the labels' embeddings, float32 [T, D], or what Ray keeps them under.
+        text: the labels' embeddings, float32 [T, D]; None for features.
     """
 
-    def __init__(self, engines: Engines, wanted: Wanted, text: Any):
-        if text is not None and not isinstance(text, np.ndarray):
-            import ray
-
-            text = ray.get(text)
+    def __init__(self, engines: Engines, wanted: Wanted, text: np.ndarray | None):
         self.wanted, self.text, self.runner = wanted, text, engines.open()
         identity = self.runner.identity
         self.batch = engines.batch or (1 if identity.device == "CPU" else 8)

@@ -274,12 +274,7 @@ def refused(bulk: Call, photos: Path, tmp_path: Path) -> None:
     other = 'was begun with other labels ([["sky"], ["building"], ["tree"], ["road"'
     cases = {
         (photos,): "out holds a job already: add --resume to go on, or choose another --output",
-        (
-            photos,
-            "--resume",
-            "--labels-file",
-            words,
-        ): 'was begun with other labels ([["sky"], ["building"], ["tree"], ["r',
+        (photos, "--resume", "--labels-file", words): other,
         (photos, "--resume", "--unknown", 0.1): "was begun with other --unknown (null, now 0.1): resume it with what",
         (photos, "--resume", "--rle"): "was begun with other --rle (false, now true): resume it with what it was begun",
     }
