@@ -26,7 +26,7 @@ SLOT = 0.5  # CPU slots of a worker that reads or writes: unlike an actor's, or 
 TRIES = 5  # how often a part is tried on workers that die: an image may be what kills them
 PART = 32  # images handed out together: 22 MB of pixels at 480 x 480
 FEATURE_PART = 8  # with features, which are megabytes an image
-MEMORY = 512 << 20  # bytes of a local cluster's object store
+LEAST, MOST = 256 << 20, 16 << 30  # bytes of a local cluster's object store: an eighth of the memory within these
 ANSWER = 5.0  # seconds for a cluster to answer
 QUIET = ("ray.data", "ray.data._internal.execution.streaming_executor")
 
@@ -77,15 +77,18 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
     else:
         # Three slots at least: an actor has one whole slot, and what reads and writes must find one as well.
         slots = max(3, _cores())
-        options |= {"num_cpus": slots, "include_dashboard": False, "object_store_memory": MEMORY}
+        options |= {"num_cpus": slots, "include_dashboard": False, "object_store_memory": _memory()}
     try:
         with silent_stderr:  # it tells of the log level
             ray.init(**options)
     except Exception as error:  # Ray has several
-        where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-        raise UserError(
-            f"{where} does not start or answer ({one_line(error)}): check --address, or leave it out"
-        ) from None
+        reason = one_line(error)
+        if address:
+            raise UserError(
+                f"the Ray cluster at {address} does not take this process ({reason}): check --address; where it asks "
+                "for a token, set RAY_AUTH_MODE=token"
+            ) from None
+        raise UserError(f"no Ray cluster starts on this machine ({reason}): mend that and try again") from None
     try:
         yield
     finally:
@@ -108,6 +111,10 @@ def _check_address(address: str) -> None:
         ) from None
 
 
+def _memory() -> int:
+    return max(LEAST, min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8, MOST))
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -125,8 +132,8 @@ def places(actors: int | None, backend: str) -> Places:
     have = ray.cluster_resources()
     gpus, slots = int(have.get("GPU", 0)), have.get("CPU", 0)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if backend == "tensorrt" and not gpus and ray.util.client.ray.is_connected():
-        raise UserError("the cluster has no GPU, which TensorRT needs: choose another --backend")
+    if backend == "tensorrt" and not gpus:
+        raise UserError("Ray finds no GPU, which TensorRT needs: choose another --backend, or another cluster")
     count = actors or gpus or max(1, len(machines))
     if gpus and count > gpus:
         raise UserError(f"--actors {count} are more than the cluster's {gpus} GPUs: give at most one a GPU")
