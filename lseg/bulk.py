@@ -77,7 +77,7 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
     else:
         # Three slots at least: an actor has one whole slot, and what reads and writes must find one as well.
         slots = max(3, _cores())
-        options |= {"num_cpus": slots, "include_dashboard": False, "object_store_memory": _memory()}
+        options |= {"address": "local", "num_cpus": slots, "include_dashboard": False, "object_store_memory": _memory()}
     try:
         with silent_stderr:  # it tells of the log level
             ray.init(**options)

@@ -38,6 +38,7 @@ def two_cores() -> None:
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     ray.init(
+        "local",
         num_cpus=3,
         include_dashboard=False,
         object_store_memory=128 << 20,
