@@ -94,6 +94,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     video = parser.add_argument_group("videos, in place of photos")
     video.add_argument("--video", metavar="SOURCE", help="a file, a URL, or a camera's number")
     video.add_argument("--frames", type=int, metavar="N", help="end after N frames")
+    serving = parser.add_argument_group("serving, in place of photos")
+    serving.add_argument(
+        "--export-triton", type=short, metavar="DIR", help="write a model repository for NVIDIA Triton"
+    )
     parser.add_argument(
         "--unknown", type=float, metavar="T", help="leave pixels unlabelled whose best cosine is below T, -1 to 1"
     )
@@ -106,6 +110,8 @@ def main(args: argparse.Namespace) -> int:
     from lseg.options import check_options
 
     check_options(args, parse_args([]))
+    if args.export_triton:
+        return export_triton(args)
     if args.video is not None:
         return segment_a_video(args)
     return write_features_of(args) if args.features else segment_the_photos(args)
@@ -164,6 +170,19 @@ def segment_a_video(args: argparse.Namespace) -> int:
         text, _ = embed(args, vocabulary, *prompts, runner, timings)
         files = VideoFiles(args.output, args.inference, args.unknown, args.save_labels, args.frames, args.quiet)
         segment_to_files(video, runner, text, vocabulary, files, say)
+    return 0
+
+
+def export_triton(args: argparse.Namespace) -> int:
+    from lseg.opening import Model, check_before_export, export_missing
+    from lseg.triton import write_repository
+
+    model = Model(args.weights, args.onnx, None, args.re_export, args.quiet)
+    check_before_export(model, [])
+    export_missing(model)
+    with output_folder(args.export_triton):
+        for path in write_repository(args.export_triton, args.onnx, args.weights, args.precision):
+            speaker(args)(f"wrote {path}")
     return 0
 
 

@@ -157,7 +157,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 def _decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
     try:
-        with _silent_stderr:
+        with silent_stderr:
             return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         if error.code == NO_MEMORY or "MAX_IMAGE" in str(error):
@@ -216,4 +216,4 @@ class _SilentStderr:
                 self.saved = -1
 
 
-_silent_stderr = _SilentStderr()
+silent_stderr = _SilentStderr()

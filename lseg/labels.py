@@ -133,6 +133,12 @@ def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], c
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"{path}: a label map is a PNG; give a name that ends in .png")
+    png, meaning = label_map_files(path.name, labels, names, colours)
+    write_files({path: png, path.with_suffix(".json"): meaning})
+
+
+def label_map_files(name: str, labels: np.ndarray, names: Sequence[str], colours: np.ndarray) -> tuple[bytes, bytes]:
+    """What `save_label_map` writes, the PNG and the JSON, for a PNG of this name."""
     dtype = label_dtype(len(names))
     unlabelled = int(np.iinfo(dtype).max)
     height, width = labels.shape
@@ -140,17 +146,17 @@ def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], c
     indices = labels.astype(dtype)
     indices[labels < 0] = unlabelled
     meaning = {
-        "image": path.name,
+        "image": name,
         "size": [width, height],
         "unlabelled": unlabelled,
         "labels": [
-            {"index": index, "name": name, "colour": "#" + bytes(colour).hex(), "share": round(float(share), 6)}
-            for index, (name, colour, share) in enumerate(zip(names, colours, fractions, strict=True))
+            {"index": index, "name": label, "colour": "#" + bytes(colour).hex(), "share": round(float(share), 6)}
+            for index, (label, colour, share) in enumerate(zip(names, colours, fractions, strict=True))
         ],
     }
     text = json.dumps(meaning, ensure_ascii=False, indent=1) + "\n"
     png = cv2.imencode(".png", indices)[1].tobytes()
-    write_files({path: png, path.with_suffix(".json"): text.encode("utf-8", "backslashreplace")})
+    return png, text.encode("utf-8", "backslashreplace")
 
 
 # Colours in RGB: the first 14 are for common words, the rest follow greedily, each as far as may be from all before it

@@ -24,6 +24,11 @@ def check_options(args: Namespace, usual: Namespace) -> None:
     if args.unknown is not None and not -1 <= args.unknown <= 1:
         raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
     mapping = "stride points regions"
+    if args.export_triton:
+        photos = "photos labels labels_file templates text_onnx inference output save_labels save_scores jsonl rle"
+        others = "features video frames unknown resume"
+        refuse(f"{photos} {mapping} {others}", "has no meaning beside --export-triton: leave one out")
+        return
     if args.video is not None:
         refuse("photos", "are there beside --video: give one of the two")
         refuse(f"features {mapping} jsonl rle resume save_scores", "is for photos, not for --video: leave one out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def open_session(path: Path, remedy: str, providers: list | None = None) -> ort.
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: {remedy}")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors come as exceptions; the rest is not for the user
+    options.intra_op_num_threads = int(os.environ.get("LSEG_THREADS", 0))  # 0: one a core; several processes share them
     try:
         return ort.InferenceSession(path, options, providers=providers or default_providers())
     except Exception as error:  # ONNX Runtime has a class of its own for each cause

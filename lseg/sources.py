@@ -30,6 +30,7 @@ class Photo:
         read: gives the file's bytes; UserError where it cannot.
         identity: the same for the same file, however it was named.
         file: where it lies, unless in an archive.
+        place: of an image in an archive, that file, and from which byte on how many are the image's.
     """
 
     shown: str
@@ -37,6 +38,7 @@ class Photo:
     read: Callable[[], bytes]
     identity: str
     file: Path | None = None
+    place: tuple[Path, int, int] | None = None
 
 
 def list_photos(inputs: Sequence[str | Path]) -> tuple[list[Photo], list[str]]:
@@ -67,7 +69,7 @@ def _expand(text: str | Path, notes: list[str]) -> list[Photo]:
             return _in_folder(path, notes)
         if not path.exists() and glob.has_magic(str(text)):
             found = sorted(glob.glob(str(text), recursive=True))
-            files = [Path(name) for name in found if _is_image(name) and not _is_ours(name)]
+            files = [Path(name) for name in found if is_image(name) and not is_ours(name)]
             if not files:
                 raise UserError(f"the pattern {text} matches no image; check it, and quote it")
             return [_photo(file, file.stem) for file in files]
@@ -96,9 +98,9 @@ def _in_folder(folder: Path, notes: list[str]) -> list[Photo]:
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not _is_image(name):
+            if not is_image(name):
                 continue
-            if _is_ours(name):
+            if is_ours(name):
                 ours += 1
                 continue
             file = Path(parent, name)
@@ -142,17 +144,15 @@ def _in_archive(path: Path, notes: list[str]) -> list[Photo]:
                 elif not member.isreg():
                     continue
                 places[member.name] = member.offset_data, member.size
-                if not _is_image(member.name) or _is_ours(member.name):
+                if not is_image(member.name) or is_ours(member.name):
                     continue
-                # Names come from elsewhere: nothing may leave the output folder.
-                parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
                 if "\0" in member.name or member.issparse():
                     notes.append(f"{path}:{ascii(member.name)} is left out: pack it as a plain file of a plain name")
                     continue
-                parts[-1] = PurePosixPath(parts[-1]).stem
                 shown, at, size = f"{path}:{member.name}", member.offset_data, member.size
-                read = lambda shown=shown, at=at, size=size: _read_at(path, shown, at, size)  # noqa: E731
-                photos.append(Photo(shown, PurePosixPath(*parts), read, f"{os.path.realpath(path)}:{at}"))
+                read = lambda shown=shown, at=at, size=size: read_at(path, shown, at, size)  # noqa: E731
+                identity = f"{os.path.realpath(path)}:{at}"
+                photos.append(Photo(shown, plain_parts(member.name), read, identity, place=(path, at, size)))
     except tarfile.TarError as error:
         raise UserError(f"{path} is no tar archive ({error}); pack it again") from None
     if not photos:
@@ -183,7 +183,8 @@ def _ends_here(path: Path, offset: int) -> bool:
     return not block.strip(b"\0") and len(block) in (0, tarfile.BLOCKSIZE)
 
 
-def _read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
+def read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
+    """The bytes of an image in an archive; `shown` names it in errors."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -197,12 +198,20 @@ def _read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
     return data
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image."""
     file = PurePosixPath(name)
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
-def _is_ours(name: str) -> bool:
+def plain_parts(name: str) -> PurePosixPath:
+    """A name from elsewhere, less its suffix and whatever would leave the output folder."""
+    parts = [part for part in name.replace("\0", "").split("/") if part not in ("", ".", "..")] or ["photo"]
+    return PurePosixPath(*parts[:-1], PurePosixPath(parts[-1]).stem)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name is what an earlier run wrote."""
     return name.endswith((PICTURE, LABEL_MAP))
 
 
