@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from lseg.image import labels_to_photo
-from lseg.inference import resize_aligned
 from lseg.runner import merge_passes
+from lseg.windows import resize_aligned
 
 STRIP = 2**16  # scores at a time, 256 KiB: they stay in the processor's cache
 

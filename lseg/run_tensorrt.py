@@ -21,7 +21,7 @@ from lseg.tensorfile import sha256
 from lseg.weights import resolve
 from lseg.windows import Inference
 
-# In 2-D, with two heads a product, four blocks of ViT-L/16 took 1.34 times as long as in 4-D on an H200 (TensorRT 8.6.0,
+# In 2-D, with two heads a product, four blocks of ViT-L/16 took 1.34 times as long as in 4-D on an H200 (TensorRT 8.6,
 # float32, batch 1), and longer still with one head or four.
 DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d", "bf16": "4d"}
 GRAPHS = 16  # pairs of shapes whose captured graphs are kept
