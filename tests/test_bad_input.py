@@ -189,7 +189,9 @@ class TestInterrupt:
         assert not any(name.startswith(".") for name in written)
         assert all(read_image(tmp_path / "out" / name).size for name in written if name.endswith(".png"))
 
-    @pytest.mark.parametrize("stage", ["", "/raw.onnx", "/trial.onnx"])
+    @pytest.mark.parametrize(
+        "stage", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("", "/raw.onnx")), "/trial.onnx"]
+    )
     def test_in_the_middle_of_an_export(self, tmp_path, stage):
         command = [str(ROOT / "enginerun.py"), "--onnx", "onnx", "--output", "out"]
         result = self.interrupt(command, lambda: list((tmp_path / "onnx").glob(f".lseg-export-*{stage}")), tmp_path)

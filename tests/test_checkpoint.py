@@ -53,7 +53,9 @@ def tiny(tensors: dict[str, Tensor]) -> Weights:
     return Weights("tiny", "", image, text, tensors, Path("tiny.ckpt"))
 
 
-@pytest.fixture(params=[False, True], ids=["float32 CLIP", "float16 CLIP"])
+@pytest.fixture(
+    params=[pytest.param(False, id="float32 CLIP", marks=pytest.mark.slow), pytest.param(True, id="float16 CLIP")]
+)
 def official(request, tmp_path, seed):
     """A full-size official checkpoint (2 GB) and the tensors in it."""
     state = official_state_dict(seed, half_clip=request.param)

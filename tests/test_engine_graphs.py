@@ -59,8 +59,8 @@ def reference(weights, pixels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray
 def test_labels(exported, seed, precision, matmul):
     folder, weights = exported
     model = recipe(folder, precision, matmul).prepare("labels")
-    for batch in (1,) if matmul == "2d" else (1, 2, 3, 5, 8):
-        for count in (1, 2, 8, 32):
+    for batch in (1,) if matmul == "2d" else (1, 3):
+        for count in (1, 8, 32):
             pixels, text = random_inputs(seed + batch, weights, batch, count)
             labels, best = run(model, {"pixels": pixels, "text": text})
             assert (labels.dtype, best.dtype) == (np.uint8, np.float32)

@@ -266,6 +266,7 @@ class TestPhotos:
         assert segment(tmp_path / "upright.png", "--save-labels")[0] == 0
         np.testing.assert_array_equal(turned, read_map(tmp_path / "out" / "upright_labels.png"))
 
+    @pytest.mark.slow
     def test_12000_by_12000(self, tmp_path, segment):
         path = tmp_path / "large.jpg"
         tile = np.kron(np.array([[0, 255], [255, 0]], np.uint8), np.ones((6000, 6000), np.uint8))

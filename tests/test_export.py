@@ -267,7 +267,7 @@ class TestManyLabels:
         np.testing.assert_array_equal(labels, scores.argmax(axis=1))
         np.testing.assert_array_equal(best, scores.max(axis=1))
 
-    @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+    @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("torch", marks=pytest.mark.slow)])
     def test_memory_of_1000_labels(self, demo, backend):
         """The scoring alone, in a process that has not yet run the image encoder, whose own peak would hide it."""
         code = """
@@ -304,7 +304,7 @@ print(after - before)
         print(f"{grown:.0f} MiB")
         assert 10 < grown < 512e6 / 2**20
 
-    @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+    @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("torch", marks=pytest.mark.slow)])
     def test_memory_of_a_whole_run(self, demo, backend):
         """Texts, image and scoring: a thousand labels against two."""
         code = """
