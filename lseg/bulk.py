@@ -6,7 +6,9 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +79,7 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
     else:
         # Three slots at least: an actor has one whole slot, and what reads and writes must find one as well.
         slots = max(3, _cores())
+        options["runtime_env"] |= interpreter()
         options |= {"address": "local", "num_cpus": slots, "include_dashboard": False, "object_store_memory": _memory()}
     try:
         with silent_stderr:  # it tells of the log level
@@ -93,6 +96,12 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def interpreter() -> dict[str, str]:
+    """What of a runtime environment lets workers start from a path with a space, which Ray hands to a shell as it is."""
+    quoted = shlex.quote(sys.executable)
+    return {"py_executable": quoted} if quoted != sys.executable else {}
 
 
 def _check_address(address: str) -> None:

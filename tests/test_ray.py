@@ -18,7 +18,7 @@ import pytest
 from test_enginerun import names, save
 
 import lseg_ray
-from lseg.bulk import ROOT, Stages
+from lseg.bulk import ROOT, Stages, interpreter
 from lseg.bulk_stages import Network, Part, Wanted, decode, write
 from lseg.errors import UserError, run
 from lseg.features import Features
@@ -43,7 +43,7 @@ def two_cores() -> None:
         include_dashboard=False,
         object_store_memory=128 << 20,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        runtime_env={"env_vars": {"PYTHONPATH": path}} | interpreter(),
     )
     yield
     ray.shutdown()
