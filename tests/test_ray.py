@@ -90,7 +90,10 @@ def lines_of(segment: Call, *arguments: object, folder: Path) -> list[dict]:
     options = ["--labels", LABELS, "--backend", "onnxruntime", "--jsonl", folder / "lines.jsonl", "--save-labels"]
     code, _, _ = segment(*arguments, *options, output=folder / "single")
     assert code == 0
-    return sorted(map(json.loads, (folder / "lines.jsonl").read_text().splitlines()), key=lambda row: row["photo"])
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    for line in lines:  # enginerun.py names photos from the current directory where that is shorter
+        line["photo"] = os.path.abspath(line["photo"])
+    return sorted(lines, key=lambda line: line["photo"])
 
 
 def assert_same(rows: list[dict], lines: list[dict]) -> None:
