@@ -99,7 +99,7 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
 
 
 def interpreter() -> dict[str, str]:
-    """What lets workers start from a path with a space, which Ray hands to a shell as it is: of a runtime environment."""
+    """Of a runtime environment, what lets workers start from a path with a space: Ray hands it to a shell."""
     quoted = shlex.quote(sys.executable)
     return {"py_executable": quoted} if quoted != sys.executable else {}
 
