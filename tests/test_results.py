@@ -126,12 +126,12 @@ class TestScript:
         path = tmp_path / "found.jsonl"
         code, _, err = segment(tmp_path / "in", "--jsonl", path, "--rle", "--save-labels")
         assert code == 2 and len(err) == 2
-        found = {entry["photo"]: entry for entry in lines(path)}
+        found = {os.path.abspath(entry["photo"]): entry for entry in lines(path)}
         assert sorted(found) == [str(file) for file in photos]
         for file in photos:
             entry = found[str(file)]
             labels = read_map(tmp_path / "out" / f"{file.stem}_labels.png")
-            assert entry["picture"] == str(tmp_path / "out" / f"{file.stem}_lseg.png")
+            assert os.path.abspath(entry["picture"]) == str(tmp_path / "out" / f"{file.stem}_lseg.png")
             assert sum(part["share"] for part in entry["labels"]) == pytest.approx(1, abs=1e-4)
             for part in entry["labels"]:
                 assert -1 <= part["confidence"] <= 1
