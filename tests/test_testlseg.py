@@ -18,7 +18,7 @@ import testlseg
 from lseg import accuracy, measure, report, variants
 from lseg.accuracy import Expected, Score, broken_bounds, miou_difference
 from lseg.benchmark import interleaved, is_stationary, matrix_rate, summarise
-from lseg.errors import UserError, run
+from lseg.errors import UserError, run, short
 from lseg.flops import image_encoder_flops
 from lseg.metrics import class_iou
 from lseg.model import LSegConfig, LSegImageEncoder
@@ -96,7 +96,7 @@ class TestRun:
         status, _, _, err = bench("--backends", "onnxruntime", "--reference", file, "--labels", "cat, dog")
         assert (status, err) == (
             2,
-            f"error: {file} was made from other weights, photos, labels or data: make it again\n",
+            f"error: {short(file)} was made from other weights, photos, labels or data: make it again\n",
         )
 
     def test_a_backend_that_cannot_open(self, bench, monkeypatch):

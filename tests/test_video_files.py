@@ -14,6 +14,7 @@ import pytest
 from test_enginerun import ROOT, names, read_map
 
 from lseg import Segmenter
+from lseg.errors import short
 from lseg.video import open_video  # before OpenCV's first video: FFmpeg's remarks are off from here on
 from lseg.vocabulary import parse_labels
 
@@ -43,7 +44,9 @@ def test_a_file(tiny, tmp_path, segment, seed):
     words = "cat, dog, sky"
     code, lines, err = segment("--video", video, "--labels", words, "--save-labels")
     assert (code, err) == (0, [])
-    assert lines[-2] == f"{video} -> {tmp_path / 'out' / 'drive_lseg.mp4'}" and lines[-1].startswith("5 frames in ")
+    assert lines[-2] == f"{video} -> {short(tmp_path / 'out' / 'drive_lseg.mp4')}" and lines[-1].startswith(
+        "5 frames in "
+    )
     assert names(tmp_path / "out") == ["drive_labels", "drive_lseg.mp4"]
     frames = read_video(video)
     overlaid = read_video(tmp_path / "out" / "drive_lseg.mp4")
