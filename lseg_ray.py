@@ -119,12 +119,13 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuses numbers that cannot be, and options that would have no effect."""
+    from lseg.options import check_unknown
+
     for name in ("features", "actors", "batch", "part"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} cannot be: give 1 or more")
-    if args.unknown is not None and not -1 <= args.unknown <= 1:
-        raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
+    check_unknown(args.unknown)
     if args.features:
         for name in ("save_labels", "rle", "unknown", "labels_file"):
             if getattr(args, name) not in (None, False):

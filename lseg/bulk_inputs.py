@@ -187,8 +187,7 @@ def _hidden(path: PurePosixPath) -> bool:
 
 
 def _pair(name: PurePosixPath, row: Row) -> tuple[Photo, Row]:
-    identity = row.path if row.offset == WHOLE else f"{row.path}:{row.group}:{row.offset}"
-    return Photo(row.shown, name, lambda: b"", identity), row
+    return Photo(row.shown, name, lambda: b"", row.source), row
 
 
 def read_row(row: Row, columns: Columns) -> bytes:

@@ -38,8 +38,8 @@ class Kernels:
         self._stream, self._suffix = stream, SUFFIXES[self.dtype]
         try:
             self._module = device.driver.module_from_buffer(PTX.read_bytes() + b"\0")
-        except device.driver.MemoryError as error:
-            raise UserError(f"the GPU has no memory left ({error}): close other programs") from error
+        except device.driver.MemoryError:
+            raise  # the device tells of it
         except device.driver.Error as error:
             raise UserError(
                 f"the GPU's driver does not take {PTX.name} ({error}): update it to CUDA 11.8's or later"

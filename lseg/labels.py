@@ -137,6 +137,11 @@ def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], c
     write_files({path: png, path.with_suffix(".json"): meaning})
 
 
+def as_hex(colour: np.ndarray) -> str:
+    """A colour uint8 [3] as the web has it."""
+    return "#" + bytes(colour).hex()
+
+
 def label_map_files(name: str, labels: np.ndarray, names: Sequence[str], colours: np.ndarray) -> tuple[bytes, bytes]:
     """What `save_label_map` writes, the PNG and the JSON, for a PNG of this name."""
     dtype = label_dtype(len(names))
@@ -150,7 +155,7 @@ def label_map_files(name: str, labels: np.ndarray, names: Sequence[str], colours
         "size": [width, height],
         "unlabelled": unlabelled,
         "labels": [
-            {"index": index, "name": label, "colour": "#" + bytes(colour).hex(), "share": round(float(share), 6)}
+            {"index": index, "name": label, "colour": as_hex(colour), "share": round(float(share), 6)}
             for index, (label, colour, share) in enumerate(zip(names, colours, fractions, strict=True))
         ],
     }

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from lseg.errors import UserError, short
 from lseg.files import locked_folder
+from lseg.tensorfile import sha256
+from lseg.weights import resolve
 
 if TYPE_CHECKING:
     import onnx
@@ -74,7 +76,7 @@ def parse_metadata(properties: dict[str, str]) -> dict[str, object]:
     return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
 
 
-def check_weights(path: Path, metadata: dict[str, object], kind: str, sha256: str, remedy: str) -> None:
+def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: str, remedy: str) -> None:
     """Checks that a file is `kind` and was exported from the weights asked for.
 
     Raises:
@@ -85,13 +87,13 @@ def check_weights(path: Path, metadata: dict[str, object], kind: str, sha256: st
         raise UserError(f"{path} {found}: {remedy}")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was exported by another version of this project: {remedy}")
-    if metadata.get("weights_sha256") != sha256:
+    if metadata.get("weights_sha256") != digest:
         name = metadata.get("weights", "unknown")
         raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
 
 
 def check_text(
-    path: Path, metadata: dict[str, object], image_metadata: dict[str, object], sha256: str, remedy: str
+    path: Path, metadata: dict[str, object], image_metadata: dict[str, object], digest: str, remedy: str
 ) -> None:
     """`check_weights` for a text encoder; CLIP's own serves weights that hold none.
 
@@ -99,14 +101,33 @@ def check_text(
         path: the text encoder's file.
         metadata: of that file.
         image_metadata: of the image encoder's file, which says whether its weights hold a text encoder.
-        sha256: of the weights asked for.
+        digest: SHA-256 of the weights asked for.
         remedy: how a UserError ends.
     """
     if image_metadata.get("text_config") is None:
         remedy = remedy_for("clip_onnx_export.py", "openai", path.parent)
         if metadata.get("source") == "clip":
-            sha256 = str(metadata.get("weights_sha256"))
-    check_weights(path, metadata, "clip_textual", sha256, remedy)
+            digest = str(metadata.get("weights_sha256"))
+    check_weights(path, metadata, "clip_textual", digest, remedy)
+
+
+def checked_image(folder: Path, weights: str) -> tuple[str, dict[str, object]]:
+    """The SHA-256 of weights, and the metadata of the image encoder in a folder, which is theirs.
+
+    Raises:
+        UserError: the file is missing, damaged, or of other weights.
+    """
+    digest, metadata = sha256(resolve(weights)), read_metadata(folder / IMAGE_ONNX)
+    check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy_for("lseg_export.py", weights, folder))
+    return digest, metadata
+
+
+def checked_text(folder: Path, weights: str, digest: str, image_metadata: dict[str, object]) -> dict[str, object]:
+    """The same of the text encoder: its metadata; `digest` and `image_metadata` as `checked_image` gives them."""
+    metadata = read_metadata(folder / TEXT_ONNX)
+    remedy = remedy_for("clip_onnx_export.py", weights, folder)
+    check_text(folder / TEXT_ONNX, metadata, image_metadata, digest, remedy)
+    return metadata
 
 
 def read_metadata(path: Path) -> dict[str, object]:

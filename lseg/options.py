@@ -1,4 +1,4 @@
-"""Options of enginerun.py that do not go together."""
+"""Options of enginerun.py that do not go together, and values that cannot be."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def check_options(args: Namespace, usual: Namespace) -> None:
             if name in given:
                 raise UserError(f"{'--' * (name != 'photos')}{name.replace('_', '-')} {reason}")
 
-    if args.unknown is not None and not -1 <= args.unknown <= 1:
-        raise UserError(f"--unknown {args.unknown} is no cosine: give a number from -1 to 1, such as 0.2")
+    check_unknown(args.unknown)
     mapping = "stride points regions"
     if args.export_triton:
         photos = "photos labels labels_file templates text_onnx inference output save_labels save_scores jsonl rle"
@@ -51,3 +50,9 @@ def check_options(args: Namespace, usual: Namespace) -> None:
         raise UserError("--rle needs pycocotools, which is not installed: run './requirements.sh'")
     if args.save_scores and args.inference != "whole":
         raise UserError(f"--save-scores is for photos seen whole, not --inference {args.inference}: leave one out")
+
+
+def check_unknown(cosine: float | None) -> None:
+    """Of --unknown, in any script."""
+    if cosine is not None and not -1 <= cosine <= 1:
+        raise UserError(f"--unknown {cosine} is no cosine: give a number from -1 to 1, such as 0.2")

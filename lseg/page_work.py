@@ -22,7 +22,7 @@ from lseg.image import decode_image, labels_to_photo, to_pixels, write_image
 from lseg.inference import MODES, label_photo
 from lseg.kept_photos import Answer, How, KeptPhoto, KeptPhotos
 from lseg.kept_scores import heat_map, label_grid, scores_at, shares_in_photo
-from lseg.labels import palette, parse_labels, save_label_map
+from lseg.labels import as_hex, palette, parse_labels, save_label_map
 from lseg.results import describe
 from lseg.runner import STAGES, Timings, available_backends
 from lseg.segmenter import Segmenter
@@ -156,14 +156,14 @@ class Desk:
         answer, grid = self._answered(photo), photo.grid
         if answer.is_whole and grid is not None:
             size = len(answer.labels)
-            scores = scores_at(grid, answer.text, size, (2 * y + 1) * size // (2 * height), _middle(x, size, width))
+            scores = scores_at(grid, answer.text, size, _middle(y, size, height), _middle(x, size, width))
             best = np.argsort(-scores, kind="stable")[:TOP]
         else:  # of windows the best alone is known
             rows, columns = answer.labels.shape
             at = _middle(y, rows, height), _middle(x, columns, width)
             best, scores = [answer.labels[at]], {answer.labels[at]: answer.cosines[at]}
         found = [
-            {"name": answer.names[i], "colour": _hex(answer.colours[i]), "cosine": round(float(scores[i]), 4)}
+            {"name": answer.names[i], "colour": as_hex(answer.colours[i]), "cosine": round(float(scores[i]), 4)}
             for i in best
         ]
         return {"x": x, "y": y, "scores": found}
@@ -298,7 +298,9 @@ class Desk:
             height, width = photo.shown.shape[:2]
             labels = labels_to_photo(labels, width, height)
         each = zip(answer.names, answer.colours, self._shares(photo, answer), strict=True)
-        legend = [{"name": name, "colour": _hex(colour), "share": round(float(part), 6)} for name, colour, part in each]
+        legend = [
+            {"name": name, "colour": as_hex(colour), "share": round(float(part), 6)} for name, colour, part in each
+        ]
         return {"labels": legend, "map": _data_url(answer.colours[labels], ".png")}
 
     def _shares(self, photo: KeptPhoto, answer: Answer) -> np.ndarray:
@@ -348,7 +350,3 @@ def _data_url(rgb: np.ndarray, suffix: str) -> str:
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, 90]
     data = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)[1].tobytes()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _hex(colour: np.ndarray) -> str:
-    return "#" + bytes(colour).hex()

@@ -13,12 +13,10 @@ from lseg.engine import import_tensorrt
 from lseg.errors import UserError
 from lseg.gpu_windows import label_windows
 from lseg.loaded_engine import to_float32
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_text, check_weights, read_metadata, remedy_for
+from lseg.onnx_file import checked_image, checked_text
 from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe
 from lseg.runner import EngineOptions, Identity, Segmentation, Timings
 from lseg.stages import Stages
-from lseg.tensorfile import sha256
-from lseg.weights import resolve
 from lseg.windows import Inference
 
 # In 2-D, with two heads a product, four blocks of ViT-L/16 took 1.34 times as long as in 4-D on an H200 (TensorRT 8.6,
@@ -57,9 +55,7 @@ class TensorRTRunner:
         trt = import_tensorrt()
         precision, matmul = options.precision, options.matmul or DEFAULT_MATMUL[options.precision]
         self.use_graphs = cuda_graphs
-        digest = sha256(resolve(weights))
-        metadata = read_metadata(folder / IMAGE_ONNX)
-        check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy_for("lseg_export.py", weights, folder))
+        digest, metadata = checked_image(folder, weights)
         recipe = Recipe(folder, metadata["image_config"], precision, matmul, options.optimization_level)
         self.image_size: int = recipe.config["image_size"]
         self.text_session = self.text_encoder = None
@@ -68,9 +64,7 @@ class TensorRTRunner:
 
             self.text_session = TextSession(text_onnx, recipe.config["embedding"])
         else:
-            remedy = remedy_for("clip_onnx_export.py", weights, folder)
-            text_metadata = read_metadata(folder / TEXT_ONNX)
-            check_text(folder / TEXT_ONNX, text_metadata, metadata, digest, remedy)
+            text_metadata = checked_text(folder, weights, digest, metadata)
             self.text_encoder = f"{text_metadata['weights_sha256']} {recipe.text_precision}".removesuffix(" fp32")
         self.device = Device()
         self.identity = Identity(f"TensorRT {trt.__version__}", self.device.name, precision, matmul)
@@ -130,9 +124,7 @@ class TensorRTRunner:
             raise UserError(f"images of shape {list(images.shape)} do not fit: give float32 [B, 3, {size}, {size}]")
         result = np.empty((len(images), len(text), size, size), np.float32)
         with self._lock, self.device:
-            places = self._whole()
-            shares = stages.buffer("whole_shares", size, host=True)  # no pixel is covered twice
-            shares.write(stages.stream, np.ones(size, np.float32))
+            covered = (stages.whole_shares, stages.whole_shares)
             scores = stages.buffer("scores", min(len(text), LABELS_A_PASS) * size**2)
             for index, image in enumerate(images):
                 stages.load(image[None])
@@ -141,8 +133,9 @@ class TensorRTRunner:
                     group = text[start : start + LABELS_A_PASS]
                     address = self._upload_text(group)
                     scores.zero(stages.stream, len(group) * size**2)
-                    covered = (shares.address, shares.address)
-                    stages.add_scores(1, address, len(group), places.address, covered, (size, size), scores.address)
+                    stages.add_scores(
+                        1, address, len(group), stages.whole_places, covered, (size, size), scores.address
+                    )
                     found = result[index, start : start + len(group)]
                     found[...] = scores.read(stages.stream, found.size).reshape(found.shape)
         return result
@@ -169,15 +162,6 @@ class TensorRTRunner:
                 f"texts of shape {list(text.shape)} do not fit: give float32 [N, {dimension}], N at least 1"
             )
 
-    def _whole(self) -> Buffer:
-        """Places of windows that are whole photos, one after the other."""
-        places = self.stages.buffer("whole_places", 4 * MAX_BATCH, np.int32, host=True)
-        values = np.zeros((MAX_BATCH, 4), np.int32)
-        values[:, 0] = np.arange(MAX_BATCH)
-        places.write(self.stages.stream, values)
-        self.stages.stream.synchronize()
-        return places
-
     def _upload_text(self, text: np.ndarray) -> int:
         """The texts' address on the GPU, where they stay until others come. The stream's work must be done."""
         buffer = self.stages.buffer("text", LABELS_A_PASS * self.stages.dimension, host=True)
@@ -186,22 +170,22 @@ class TensorRTRunner:
             self._text = text.copy()
         return buffer.address
 
-    def _encode(self, pixels: Buffer, places: Buffer, batch: int) -> None:
+    def _encode(self, pixels: Buffer, batch: int) -> None:
         size = (self.image_size, self.image_size)
-        self.stages.cut(pixels.address, size, size, places.address, batch)
+        self.stages.cut(pixels.address, size, size, self.stages.whole_places, batch)
         self.stages.encode(batch)
 
     def _embed(self, pixels: np.ndarray) -> tuple[Buffer, tuple[int, ...]]:
         """Unit embeddings of at most eight images in a buffer on the GPU, complete, and their shape."""
         self._check(pixels)
-        stages, places = self.stages, self._whole()
+        stages = self.stages
         each = stages.dimension * stages.wide**2
         result = stages.buffer("embeddings", len(pixels) * each, stages.dtype)
         for part in stages.batches(len(pixels)):
             batch = part.stop - part.start
             source = stages.buffer("pixels", batch * self.image_size**2 * 3, np.uint8, host=True)
             source.write(stages.stream, pixels[part])
-            self._encode(source, places, batch)
+            self._encode(source, batch)
             stages.embeddings(batch, result.address + part.start * each * stages.dtype.itemsize)
             stages.stream.synchronize()
         return result, (len(pixels), stages.dimension, stages.wide, stages.wide)
@@ -218,11 +202,10 @@ class TensorRTRunner:
         if key in self._graphs:
             self._graphs[key].launch()
         else:
-            places = self._whole()
 
             def work() -> None:
                 source.upload(stages.stream, pixels.size)
-                self._encode(source, places, batch)
+                self._encode(source, batch)
                 stages.label(batch, address, len(text), labels.address, cosines.address)
                 labels.download(stages.stream, size)
 
@@ -244,9 +227,8 @@ class TensorRTRunner:
         size = int(np.prod(shape))
         source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
         labels, cosines = stages.buffer("many_labels", size, np.int32), stages.buffer("best", size)
-        places = self._whole()
         source.write(stages.stream, pixels)
-        self._encode(source, places, batch)
+        self._encode(source, batch)
         for start in range(0, len(text), LABELS_A_PASS):
             group = text[start : start + LABELS_A_PASS]
             stages.stream.synchronize()  # the host's copy of the last group is still being read

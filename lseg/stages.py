@@ -13,7 +13,7 @@ from lseg.engine import discard, engine_path, get_engine, provenance
 from lseg.errors import UserError
 from lseg.kernels import GROUPS, Kernels
 from lseg.loaded_engine import Engine, EngineRefused
-from lseg.recipes import IMAGE, LABELS_A_PASS, Recipe
+from lseg.recipes import IMAGE, LABELS_A_PASS, MAX_BATCH, Recipe
 
 Z_TYPES = {"fp16": np.float16, "bf16": np.uint16}  # else float32
 
@@ -48,6 +48,10 @@ class Stages:
         self.kernels = Kernels(device, self.stream, self.dtype, self.dimension, recipe.side)
         self._engines: dict[str, Engine] = {}
         self._buffers: dict[str, Buffer] = {}
+        places = np.zeros((MAX_BATCH, 4), np.int32)
+        places[:, 0] = np.arange(MAX_BATCH)
+        self.whole_places = self._constant("whole_places", places)  # windows that are whole photos, one after the other
+        self.whole_shares = self._constant("whole_shares", np.ones(self.size, np.float32))  # no pixel is covered twice
 
     def batches(self, count: int) -> Iterator[slice]:
         """Images in the runs that the image encoder takes: as many eights as there are, the rest one by one."""
@@ -161,6 +165,12 @@ class Stages:
         for buffer in self._buffers.values():
             buffer.free()
         self._engines, self._buffers, self.kernels, self.stream = {}, {}, None, None
+
+    def _constant(self, name: str, values: np.ndarray) -> int:
+        """The address of values that never change."""
+        buffer = self.buffer(name, values.size, values.dtype)
+        buffer.put(self.stream, values)
+        return buffer.address
 
     def _images(self, batch: int) -> Buffer:
         return self.buffer("images", batch * 3 * self.size**2, host=True)

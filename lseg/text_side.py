@@ -31,9 +31,7 @@ def open_text_side(backend: str, model: Model) -> Iterator[TextSide]:
     Raises:
         UserError: files are missing and cannot be made, or do not belong together.
     """
-    from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_text, check_weights, read_metadata, remedy_for
-    from lseg.tensorfile import sha256
-    from lseg.weights import resolve
+    from lseg.onnx_file import TEXT_ONNX, check_text, checked_image, remedy_for
 
     if choose_backend(backend) == "torch":
         from lseg.run_torch import TorchRunner
@@ -45,10 +43,7 @@ def open_text_side(backend: str, model: Model) -> Iterator[TextSide]:
 
     check_before_export(model, [])
     export_missing(model)
-    digest, image = sha256(resolve(model.weights)), read_metadata(model.onnx / IMAGE_ONNX)
-    check_weights(
-        model.onnx / IMAGE_ONNX, image, "lseg", digest, remedy_for("lseg_export.py", model.weights, model.onnx)
-    )
+    digest, image = checked_image(model.onnx, model.weights)
     size, dimension = (image["image_config"][key] for key in ("image_size", "embedding"))
     if model.text_onnx:
         text = TextSession(model.text_onnx, dimension, providers=["CPUExecutionProvider"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from lseg.errors import UserError
 from lseg.files import write_files
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, check_text, check_weights, read_metadata, remedy_for, write_onnx
+from lseg.onnx_file import TEXT_ONNX, checked_image, checked_text, write_onnx
 from lseg.recipes import LABELS_A_PASS, MAX_BATCH, USUAL_LABELS, Recipe
 from lseg.scoring import load_encoder
 
@@ -101,13 +101,8 @@ def write_repository(folder: Path, onnx_folder: Path, weights: str, precision: s
     Raises:
         UserError: the exported files are missing or of other weights, a graph does not agree, or the disk is full.
     """
-    from lseg.tensorfile import sha256
-    from lseg.weights import resolve
-
-    digest, about = sha256(resolve(weights)), read_metadata(onnx_folder / IMAGE_ONNX)
-    check_weights(onnx_folder / IMAGE_ONNX, about, "lseg", digest, remedy_for("lseg_export.py", weights, onnx_folder))
-    remedy = remedy_for("clip_onnx_export.py", weights, onnx_folder)
-    check_text(onnx_folder / TEXT_ONNX, read_metadata(onnx_folder / TEXT_ONNX), about, digest, remedy)
+    digest, about = checked_image(onnx_folder, weights)
+    checked_text(onnx_folder, weights, digest, about)
     config = about["image_config"]
     graphs = {
         TEXT: batched_text_graph(load_encoder(onnx_folder / TEXT_ONNX)),
@@ -166,25 +161,23 @@ def configurations(size: int, dimension: int, precision: str) -> dict[str, str]:
     text: Tensor = ("text", "FP32", (-1, dimension))
     pixels: Tensor = ("pixels", "UINT8", (size, size, 3))
     maps: list[Tensor] = [("labels", "UINT8", (size, size)), ("best", "FP32", (size, size))]
-    texts = {"tokens": (TOKENS,)}, {"text": (dimension,)}
-    shapes = {"pixels": (size, size, 3)}, {"text": (dimension,)}
-    usual = USUAL_LABELS
     return {
-        TEXT: _model(TEXT, [tokens], [text], _texts_accelerator(texts[0]), {"tokens": ("INT32", (usual, TOKENS))}),
+        TEXT: _model(
+            TEXT,
+            [tokens],
+            [text],
+            _accelerator("FP32", {}, {"tokens": (TOKENS,)}),  # texts are few and kept
+            {"tokens": ("INT32", (USUAL_LABELS, TOKENS))},
+        ),
         LABELS: _model(
             LABELS,
             [pixels, text],
             maps,
-            _accelerator(precision, {**shapes[0]}, {**shapes[1]}),
-            {"pixels": ("UINT8", (size, size, 3)), "text": ("FP32", (usual, dimension))},
+            _accelerator(precision, {"pixels": (size, size, 3)}, {"text": (dimension,)}),
+            {"pixels": ("UINT8", (size, size, 3)), "text": ("FP32", (USUAL_LABELS, dimension))},
         ),
         ENSEMBLE: _ensemble([pixels, tokens], maps),
     }
-
-
-def _texts_accelerator(by_label: Mapping[str, tuple[int, ...]]) -> str:
-    """Texts are embedded in float32: they are few and kept."""
-    return _accelerator("FP32", {}, by_label)
 
 
 def _accelerator(precision: str, fixed: Mapping[str, tuple[int, ...]], by_label: Mapping[str, tuple[int, ...]]) -> str:

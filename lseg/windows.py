@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lseg.runner import Timings
+from lseg.runner import Timings, merge_passes
 
 BASE = 520  # the long side at scale 1, for a network of 480 x 480
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 BLACK = np.float32(-1)  # what a window is padded with: black, normalised
 STRIP = 2**24  # scores that are summed at the photo's size at a time: 64 MiB
-LABELS_A_ROUND = 128  # more labels go in rounds, so that memory does not grow with their number
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # `lseg.runner.Runner.scores`
 
@@ -38,19 +37,12 @@ def label_windows(
     score: Score, size: int, photo: np.ndarray, text: np.ndarray, how: Inference, timings: Timings
 ) -> tuple[np.ndarray, np.ndarray]:
     """`lseg.runner.Runner.label_windows` in host memory, for any backend that scores windows of `size` x `size`."""
-    height, width = photo.shape[:2]
-    highest: np.ndarray | None = None
-    labels = np.zeros((height, width), np.int32)
-    for start in range(0, len(text), LABELS_A_ROUND):
-        group = text[start : start + LABELS_A_ROUND]
+
+    def label(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         maps = [_scale_scores(score, size, photo, group, scale, how.mirror, timings) for scale in how.scales]
-        first, top = timings.measure("similarity", lambda maps=maps: _sum_and_argmax(maps, height, width))
-        if highest is None:
-            labels, highest = first, top
-        else:
-            better = top > highest
-            labels[better], highest[better] = first[better] + start, top[better]
-    return labels, highest
+        return timings.measure("similarity", lambda: _sum_and_argmax(maps, *photo.shape[:2]))
+
+    return merge_passes(text, 1, label)
 
 
 def _scale_scores(

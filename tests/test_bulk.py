@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_enginerun import save
+from test_sources import pack
 
 import lseg_ray
 from lseg.bulk import in_a_sentence, into_parts
@@ -45,15 +44,6 @@ def photo(tmp_path, seed) -> Path:
     return save(tmp_path / "photos" / "photo.jpg", seed)
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
 def names_of(rows: list[Row]) -> list[str]:
     return [row.name for row in rows]
 
@@ -62,7 +52,7 @@ class TestInputs:
     @pytest.mark.parametrize("form", ["{}", "file://{}"])
     def test_every_kind(self, form, photo, tmp_path):
         data = photo.read_bytes()
-        write_tar(tmp_path / "photos" / "set.tar", {"in/a.png": data + b"a", "../in/b.jpg": data + b"b", "c.txt": b""})
+        pack(tmp_path / "photos" / "set.tar", {"in/a.png": data + b"a", "../in/b.jpg": data + b"b", "c.txt": b""})
         table = pa.table({"image": [{"bytes": data + b"p", "path": "x"}, {"bytes": data + b"q", "path": "y"}]})
         pq.write_table(table, tmp_path / "photos" / "t.parquet")
         (tmp_path / "photos" / ".hidden.parquet").write_bytes(b"")
@@ -75,7 +65,7 @@ class TestInputs:
 
     def test_tar_set_by_pattern(self, photo, tmp_path):
         for index in range(2):
-            write_tar(tmp_path / f"s{index}.tar", {"x.jpg": photo.read_bytes()})
+            pack(tmp_path / f"s{index}.tar", {"x.jpg": photo.read_bytes()})
         rows, _ = list_rows([str(tmp_path / "s*.tar")], str(tmp_path / "out"), Columns())
         assert names_of(rows) == ["x", "x_2"]
 
@@ -99,7 +89,7 @@ class TestInputs:
         ]  # fmt: skip
 
     def test_cut_short_behind_a_uri(self, photo, tmp_path):
-        tar = write_tar(tmp_path / "s.tar", {"x.jpg": photo.read_bytes()})
+        tar = pack(tmp_path / "s.tar", {"x.jpg": photo.read_bytes()})
         (row,), _ = list_rows([f"file://{tar}"], str(tmp_path / "out"), Columns())
         os.truncate(tar, 600)
         with pytest.raises(UserError, match="x.jpg is cut short, with its archive"):

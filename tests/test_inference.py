@@ -93,7 +93,7 @@ def test_equals_the_official_protocol(runners, mode, shape, seed):
 def test_many_labels_go_in_rounds(runners, mode, monkeypatch, seed):
     photo, text = draw(seed, 50, 90, labels=23)
     whole = segment_photo(runners["torch"], photo, text, mode)
-    monkeypatch.setattr(lseg.windows, "LABELS_A_ROUND", 7)
+    monkeypatch.setattr(lseg.runner, "LABELS_A_PASS", 7)
     monkeypatch.setattr(lseg.windows, "STRIP", 1000)
     assert np.array_equal(segment_photo(runners["torch"], photo, text, mode), whole)
 

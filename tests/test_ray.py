@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_enginerun import names, save
+from test_sources import pack
 
 import lseg_ray
 from lseg.bulk import ROOT, Stages, interpreter
@@ -296,11 +295,7 @@ def pack_all(photos: Path, store: Path) -> None:
         target = store / file.relative_to(photos)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(file.read_bytes())
-    with tarfile.open(store / "set.tar", "w") as archive:
-        for file in files[3:7]:
-            member = tarfile.TarInfo(file.relative_to(photos).as_posix())
-            member.size = file.stat().st_size
-            archive.addfile(member, io.BytesIO(file.read_bytes()))
+    pack(store / "set.tar", {file.relative_to(photos).as_posix(): file.read_bytes() for file in files[3:7]})
     keys = [file.relative_to(photos).as_posix() for file in files[7:]]
     table = pa.table({"key": keys, "image": [file.read_bytes() for file in files[7:]]})
     pq.write_table(table, store / "rest.parquet", row_group_size=3)
