@@ -97,7 +97,8 @@ def bridge(trt) -> None:
 if __name__ == "__main__":
     import tensorrt
 
-    if int(tensorrt.__version__.split(".")[0]) < 10:
+    version = getattr(tensorrt, "__version__", "10")  # stubs have none
+    if int(version.split(".")[0]) < 10 and "+" not in version:
         bridge(tensorrt)
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
