@@ -17,7 +17,7 @@ RECIPE = 3  # raise it when a graph below changes: engines of an older recipe ar
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 USUAL_LABELS = 8
-TOKEN_MULTIPLE = 8  # a ViT's tokens are padded to a multiple of this
+TOKEN_MULTIPLE = 8  # a ViT's tokens are padded to a multiple of this where the scores of attention lie in memory
 IMAGE = {1: "image", MAX_BATCH: f"images{MAX_BATCH}"}  # engines of the image encoder, by batch
 
 
@@ -30,6 +30,7 @@ class Recipe:
         config: the image encoder's sizes, as the exported file's metadata has them.
         precision: "fp32", "tf32", "fp16" or "bf16".
         matmul: "4d", "3d" or "2d", of the image encoder; the text encoder has "4d" for "2d".
+        fused: whether the library makes one kernel of an attention in 16 bits, as TensorRT does from 10 on.
     """
 
     folder: Path
@@ -38,6 +39,12 @@ class Recipe:
     matmul: str
     optimization_level: int = 3
     heads_per_product: int = 2
+    fused: bool = True
+
+    @property
+    def token_multiple(self) -> int:
+        """Fused attention writes no scores, so that their rows need no alignment; a mask would only slow it down."""
+        return 1 if self.fused and self.matmul != "2d" and self.precision in ("fp16", "bf16") else TOKEN_MULTIPLE
 
     @property
     def side(self) -> int:
@@ -52,7 +59,7 @@ class Recipe:
     def spec(self, name: str) -> EngineSpec:
         """The spec of an engine: "image" (one at a time), "images8", "dots" or "text"."""
         file = TEXT_ONNX if name == "text" else IMAGE_ONNX
-        extra: dict[str, object] = {"recipe": RECIPE, "token_multiple": TOKEN_MULTIPLE}
+        extra: dict[str, object] = {"recipe": RECIPE, "token_multiple": self.token_multiple}
         if self.matmul == "2d" and name in IMAGE.values():
             extra["heads_per_product"] = self.heads_per_product
         return EngineSpec(
@@ -101,7 +108,7 @@ class Recipe:
         if self.matmul == "2d":
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)
         else:
-            core = pad_tokens(rewrite_matmuls(core, self.matmul), TOKEN_MULTIPLE)
+            core = pad_tokens(rewrite_matmuls(core, self.matmul), self.token_multiple)
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         if name == "labels":
             return scoring.label_graph(core)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from lseg import checkpoint, engine, recipes, specs
 from lseg.engine import EngineSpec, engine_path, get_engine, mismatch, provenance
 from lseg.errors import UserError
 from lseg.export import export_onnx
-from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
+from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX, read_metadata
 from tests.checkpoints import export_tiny
 from tests.checkpoints import tiny_recipe as recipe
 
@@ -93,7 +94,37 @@ def full_size(tmp_path_factory):
 def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
     """ViT-L/16 at 480 x 480: half a minute and 5 GB each."""
     made = recipe(full_size, precision, matmul)
-    assert len(get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path, DEVICE)) > 5e8
+    serialized = get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path, DEVICE)
+    assert len(serialized) > 5e8
+    assert fused_attentions(serialized) == (24 if (precision, matmul) == ("fp16", "4d") else 0)
+
+
+def fused_attentions(serialized: bytes) -> int:
+    """How many kernels of fused attention an engine of TensorRT-RTX names: it holds each kernel's source."""
+    return len(re.findall(rb"device_flash_attention_nl(?:_tiled)?\b", serialized))
+
+
+@pytest.mark.parametrize(
+    "precision, matmul", [("fp16", "4d"), ("fp16", "3d"), ("fp16", "2d"), ("bf16", "4d"), ("fp32", "4d")]
+)
+def test_attention_is_fused(trt, demo, tmp_path, precision, matmul):
+    """In 16 bits each block's attention becomes one kernel in the 4-D and 3-D forms; never in 2-D or in float32."""
+    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
+    made = recipes.Recipe(demo.folder, config, precision, matmul)
+    expected = 0 if precision == "fp32" or matmul == "2d" else config["depth"]
+    for name in ("image", "images8") if (precision, matmul) == ("fp16", "4d") else ("image",):
+        serialized = get_engine(made.spec(name), lambda name=name: made.prepare(name), tmp_path, DEVICE, lambda _: None)
+        assert fused_attentions(serialized) == expected, name
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_tokens_are_padded_where_scores_lie_in_memory(trt, demo, tmp_path, precision):
+    """A library that does not fuse gets padded tokens, and its engines are others; fused ones bring no mask."""
+    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
+    fuses, does_not = (recipes.Recipe(demo.folder, config, precision, "4d", fused=fused) for fused in (True, False))
+    masks = [sum("tokens/mask" in node.input for node in r.prepare("image").graph.node) for r in (fuses, does_not)]
+    assert masks == [0 if precision == "fp16" else config["depth"], config["depth"]]
+    assert (fuses.spec("image") == does_not.spec("image")) == (precision == "fp32")
 
 
 def test_ranks_in_the_parsed_network(trt, exported):
