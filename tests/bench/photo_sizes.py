@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,9 +33,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--weights", default="demo")
     parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
+    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
     parser.add_argument("--modes", default="whole,window")
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--leave-mib", type=int, help="hold the GPU's memory but for so much, as a smaller GPU has it")
     parser.add_argument("--one", nargs=3, metavar=("MODE", "WIDTH", "HEIGHT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -47,13 +51,16 @@ def measure(args: argparse.Namespace, mode: str, width: int, height: int) -> dic
     from lseg.image import read_image
 
     photo = cv2.resize(read_image(ROOT / "image" / "temple.jpg"), (width, height), interpolation=cv2.INTER_CUBIC)
-    rng, taken, before, most, done = np.random.default_rng(0), [], gpu_memory_mib(), [0.0], threading.Event()
+    rng, taken, most, done = np.random.default_rng(0), [], [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
             most[0] = max(most[0], gpu_memory_mib() or 0.0)
 
-    with Segmenter(args.weights, args.backend, onnx=args.onnx) as lseg:
+    with ExitStack() as stack:
+        stack.enter_context(held(args.leave_mib))
+        before = gpu_memory_mib()
+        lseg = stack.enter_context(Segmenter(args.weights, args.backend, onnx=args.onnx, engines=args.engines))
         text = rng.standard_normal((LABELS, 512)).astype(np.float32)
         text /= np.linalg.norm(text, axis=1, keepdims=True)
         identity = str(lseg.runner.identity)
@@ -74,6 +81,24 @@ def measure(args: argparse.Namespace, mode: str, width: int, height: int) -> dic
     return found | ({} if before is None else {"peak_gpu_mib": round(most[0] - before)})
 
 
+@contextmanager
+def held(leave_mib: int | None) -> Iterator[None]:
+    """Holds the GPU's free memory but for so many MiB."""
+    if leave_mib is None:
+        yield
+        return
+    from lseg.cuda import Device
+
+    with Device() as device:
+        memory = device.driver.mem_alloc(device.driver.mem_get_info()[0] - (leave_mib << 20))
+    try:
+        yield
+    finally:
+        with device:
+            memory.free()
+        device.close()
+
+
 def main(args: argparse.Namespace) -> None:
     if args.one:
         print(json.dumps(measure(args, args.one[0], int(args.one[1]), int(args.one[2]))))
@@ -89,6 +114,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append(json.loads(line))
             print({key: rows[-1][key] for key in rows[-1] if key != "made_by"}, flush=True)
             report = {"weights": Path(args.weights).stem, "machine": about, "rows": rows}
+            report |= {} if args.leave_mib is None else {"gpu_mib_left": args.leave_mib}
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -5,7 +5,8 @@
 The folder's photos are copied, under other names, until there are as many as asked for. For each number of GPUs the
 script runs once on a few parts to warm the disk and then `--runs` times; both label maps and parts are written. Beside
 it stands what one GPU does with uint8 pixels in memory, without Ray, decoding or writing: eight images a call. Engines
-are there already, or the first run builds them.
+are there already, or the first run builds them. Busy cores and GPUs are means over the whole process, with Ray's start
+and the engines' loading.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -75,13 +77,7 @@ def spread(photos: Path, folder: Path, count: int) -> None:
     files = sorted(path for path in photos.iterdir() if path.suffix == ".jpg")
     folder.mkdir(parents=True)
     for index in range(count):
-        os.link(files[index % len(files)], folder / f"{index:06d}.jpg") if same_disk(files[0], folder) else shutil.copy(
-            files[index % len(files)], folder / f"{index:06d}.jpg"
-        )
-
-
-def same_disk(file: Path, folder: Path) -> bool:
-    return file.stat().st_dev == folder.stat().st_dev
+        shutil.copy(files[index % len(files)], folder / f"{index:06d}.jpg")
 
 
 def alone(args: argparse.Namespace) -> dict:
@@ -110,17 +106,46 @@ def bulk(args: argparse.Namespace, photos: Path, output: Path, gpus: int) -> dic
     command = [sys.executable, ROOT / "lseg_ray.py", photos, "--output", output, "--actors", gpus, "--labels", LABELS]
     command += ["--backend", args.backend, "--precision", args.precision, "--weights", args.weights]
     command += ["--onnx", args.onnx, "--engines", args.engines, *([] if args.no_label_maps else ["--save-labels"])]
-    start, before = time.perf_counter(), os.times()
+    start, usage = time.perf_counter(), Usage()
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, usage.stop()
     if done.returncode:
         raise SystemExit(f"lseg_ray.py ended with {done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
     (found,) = re.findall(r"(\d+) images in ([\d.]+) s,", done.stdout)
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     row = {"gpus": gpus, "images": int(found[0]), "work_seconds": float(found[1]), "process_seconds": round(seconds, 1)}
-    rate = round(int(found[0]) / float(found[1]), 1)
-    return row | {"images_a_second": rate, "driver_cpu_seconds": round(cpu, 1)}
+    return row | {"images_a_second": round(int(found[0]) / float(found[1]), 1)} | busy
+
+
+class Usage:
+    """How many cores of the machine are busy, and each GPU's share of the time in which it is."""
+
+    def __init__(self) -> None:
+        self._gpus: list[list[float]] = []
+        self._done, self._start, self._cpu = threading.Event(), time.perf_counter(), cpu_seconds()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        while not self._done.wait(0.5):
+            try:
+                lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            except (OSError, subprocess.SubprocessError):
+                return  # no GPU here
+            self._gpus.append([float(line) for line in lines])
+
+    def stop(self) -> dict[str, object]:
+        self._done.set()
+        self._watcher.join()
+        seconds = time.perf_counter() - self._start
+        gpus = [round(sum(each) / len(each), 1) for each in zip(*self._gpus, strict=True)]
+        return {"busy_cores": round((cpu_seconds() - self._cpu) / seconds, 2), "gpus_busy_percent": gpus}
+
+
+def cpu_seconds() -> float:
+    """Of all cores, in any program."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
