@@ -45,7 +45,7 @@ class Device:
     """A GPU's primary context. `with device:` makes it current in this thread, as often as nested.
 
     Raises:
-        UserError: there is no GPU, no driver, or the driver is too old for PyCUDA's CUDA.
+        UserError: there is no GPU, no driver, no memory for a context, or the driver is too old for PyCUDA's CUDA.
     """
 
     def __init__(self, index: int = 0):
@@ -59,6 +59,8 @@ class Device:
                 raise UserError("no GPU is there: choose --backend onnxruntime or torch")
             device = driver.Device(index)
             self._context = device.retain_primary_context()
+        except driver.MemoryError as error:
+            raise UserError(f"the GPU has no memory left ({error}): close other programs") from error
         except driver.Error as error:
             raise UserError(f"the GPU cannot be used ({error}): check nvidia-smi and update the driver") from error
         self.driver = driver

@@ -252,3 +252,14 @@ def test_a_full_gpu_is_told(library, monkeypatch, tiny, tmp_path, seed):
         with pytest.raises(UserError, match="has no [1-9][0-9]* MiB left: close other programs"):
             runner.segment(*draw(np.random.default_rng(seed), 1, 3))
     assert (driver.allocated, driver.depth, driver.retained) == (0, 0, 0)
+
+
+def test_a_gpu_without_memory_for_a_context_is_told(library, monkeypatch, tiny, tmp_path):
+    driver = stand_in(monkeypatch, library)
+
+    def refuse(*_: object) -> None:
+        raise driver.MemoryError("cuDevicePrimaryCtxRetain failed: out of memory")
+
+    monkeypatch.setattr(driver.Device, "retain_primary_context", refuse)
+    with pytest.raises(UserError, match="the GPU has no memory left .cuDevice.*: close other programs"):
+        TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d"))

@@ -29,7 +29,7 @@ from lseg.benchmark import machine  # noqa: E402
 from lseg.cuda import Device  # noqa: E402
 from lseg.errors import UserError  # noqa: E402
 
-LEFT_FREE = 300 << 20  # bytes of the GPU in the cases of little memory
+FOR_NOTHING, FOR_A_CONTEXT = 300 << 20, 900 << 20  # bytes of the GPU that are left in the cases of little memory
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,11 +125,11 @@ def refused(args: argparse.Namespace, *options: object, empty: bool = False) -> 
         return {"status": done.returncode, "said": said[-3:], "left": left, "holds": done.returncode == 2 and one}
 
 
-def with_little_memory(work: Callable[[], dict]) -> dict:
-    """While another program holds all but LEFT_FREE of the GPU's memory."""
+def with_little_memory(left: int, work: Callable[[], dict]) -> dict:
+    """While another program holds the GPU's memory but for so many bytes."""
     with Device() as device:
         free, _ = device.driver.mem_get_info()
-        held = device.driver.mem_alloc(free - LEFT_FREE)
+        held = device.driver.mem_alloc(free - left)
         try:
             return work()
         finally:
@@ -189,8 +189,10 @@ def main(args: argparse.Namespace) -> int:
     for damage in MENDED:
         add(f"engine: {damage.__name__.replace('_', ' ')}", mended(args, expected, damage))
     add("an engines' folder that cannot be written", refused(args, "--engines", "/proc/engines"))
-    add("no memory to run", with_little_memory(lambda: refused(args)))
-    add("no memory to build", with_little_memory(lambda: refused(args, "--opt-level", 0, empty=True)))
+    add("no memory for a context", with_little_memory(FOR_NOTHING, lambda: refused(args)))
+    for name, options in (("run", []), ("run on windows", ["--inference", "multiscale"])):
+        add(f"little memory to {name}", with_little_memory(FOR_A_CONTEXT, lambda o=options: refused(args, *o)))
+    add("little memory to build", with_little_memory(FOR_A_CONTEXT, lambda: refused(args, empty=True)))
     add("a graph that the parser rejects", rejected_graph())
     add("nine images a call", beyond_the_profile(args))
     args.output.write_text(json.dumps({"machine": machine(), "weights": "demo", "cases": rows}, indent=1) + "\n")

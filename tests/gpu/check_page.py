@@ -2,7 +2,8 @@
 
     python tests/gpu/check_page.py --onnx FOLDER --engines FOLDER --output log/page_gpu.json
 
-Each label map must be the one that `Segmenter` gives for the same photo and words. The demo weights.
+Each label map is held against the one that `Segmenter` gives for the same photo and words: equal in windows; for a
+photo seen whole, whose kept embeddings the page scores in float32 on the CPU, within fp16's bound. The demo weights.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cv2  # noqa: E402
-import numpy as np  # noqa: E402
 from page_process import free_port, wait_until_up  # noqa: E402
 
 from enginerun import LABELS, PHOTO  # noqa: E402
 from lseg import Segmenter  # noqa: E402
 from lseg.benchmark import machine, summarise  # noqa: E402
+from lseg.variants import BOUNDS  # noqa: E402
 
 RUNS = 30
 
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--onnx", type=Path, required=True)
     parser.add_argument("--engines", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--precision", default="fp16", choices=BOUNDS)
     parser.add_argument("--backend", default="tensorrt", help="another, to try this script without a GPU")
     return parser.parse_args()
 
@@ -46,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
     words, port = LABELS.split(", "), free_port()
     places = ["--onnx", str(args.onnx), "--engines", str(args.engines)]
     script = [str(ROOT / "tests" / "gpu" / "typed_tensorrt8.py"), str(ROOT / "app.py")]
-    command = [sys.executable, *script, "--backend", args.backend, "--port", str(port), *places]
+    command = [sys.executable, *script, "--backend", args.backend, "--precision", args.precision]
+    command += ["--port", str(port), *places]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": folder}
@@ -70,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
             process.send_signal(signal.SIGTERM)
             said = process.communicate(timeout=60)[0].decode()
     agreement = {}
-    with Segmenter(backend=args.backend, onnx=args.onnx, engines=args.engines) as lseg:
+    with Segmenter(backend=args.backend, onnx=args.onnx, engines=args.engines, precision=args.precision) as lseg:
         for mode, labels in found.items():
             agreement[mode] = 100 * float((lseg.segment(PHOTO, words, mode).labels == labels).mean())
     report = {"machine": machine(), "weights": "demo", "ran": line["ran"], "stages_ms": line["milliseconds"]}
@@ -78,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
     report["window_stages_ms"] = windows["milliseconds"]
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1), said)
-    assert process.returncode == 0 and all(np.array(list(agreement.values())) == 100)
+    assert process.returncode == 0 and agreement["window"] == 100
+    assert agreement["whole"] >= BOUNDS[args.precision].label_agreement
 
 
 if __name__ == "__main__":
