@@ -1,8 +1,8 @@
 """enginerun.py on TensorRT, killed while it builds engines, and run again. Needs a GPU and TensorRT, and no torch.
 
-Two builds of an engine may choose other kernels, whose sums round in another order: labels of fp16 engines differ then at
-a few pixels between whole runs, too. So each round's labels are held against the undisturbed run's with a bound, and how
-many were equal to the byte is counted; a third run, which must take the engines as they are, gives the second's labels.
+Two builds of an engine may choose other kernels, whose sums round in another order: labels of fp16 engines differ then
+at a few pixels between whole runs, too. So each round's labels are held against the undisturbed run's with a bound, and
+how many were equal to the byte is counted; a third run, which must take the engines as they are, gives the second's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-
 from kills.rounds import Command, Settings, hidden
+
 from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, TEXT_ONNX
 from lseg.tensorfile import sha256
 
@@ -61,7 +61,7 @@ def check(one: Round, number: int, delay: float, expected: np.ndarray) -> None:
     second = one.start("second")
     if second.wait() != 0:
         report.fault(
-            number, f"killed after {delay:.2f} s, the next run gave {second.process.returncode}", second.output()
+            number, f"the run after the kill at {delay:.2f} s gave {second.process.returncode}", second.output()
         )
         return
     labels = one.labels()
