@@ -98,8 +98,10 @@ class Desk:
                 self._segmenters[key] = self._open_segmenter(*key)
             return self._segmenters[key]
 
-    def open_photo(self, upload: Upload, words: Sequence[str], how: How) -> tuple[str, dict[str, Any]]:
-        """Keeps a new photo and answers: its key, and what `answer` gives.
+    def open_photo(
+        self, upload: Upload, words: Sequence[str], how: How, once: bool = False
+    ) -> tuple[str, dict[str, Any]]:
+        """Keeps a new photo and answers: its key, and what `answer` gives. With `once` its embeddings are not kept.
 
         Raises:
             UserError: the file is no photo, too large, or the words do not do.
@@ -109,7 +111,7 @@ class Desk:
         timings = Timings()
         key = self.kept.add(self._load(upload, timings))
         try:
-            found = self._answer(key, names, notes, how, timings, start)
+            found = self._answer(key, names, notes, how, timings, start, once)
         except BaseException:
             self.kept.drop(key)
             raise
@@ -211,7 +213,7 @@ class Desk:
 
         The path is the label map's, which goes to the folder with its JSON; nothing else is kept.
         """
-        key, found = self.open_photo(upload, words, how)
+        key, found = self.open_photo(upload, words, how, once=True)
         try:
             photo = self.kept.get(key)
             answer = self._answered(photo)
@@ -253,7 +255,14 @@ class Desk:
             )
 
     def _answer(
-        self, key: str, names: tuple[str, ...], notes: list[str], how: How, timings: Timings, start: float
+        self,
+        key: str,
+        names: tuple[str, ...],
+        notes: list[str],
+        how: How,
+        timings: Timings,
+        start: float,
+        once: bool = False,
     ) -> dict[str, Any]:
         if how.inference not in MODES:
             raise UserError(f"'{how.inference}' is no inference mode: choose {', '.join(MODES)}")
@@ -262,7 +271,9 @@ class Desk:
         with photo.lock:
             text = timings.measure("encode_text", lambda: lseg.embed(names))
             kept = whole and photo.grid is not None and photo.made_by == how[1:]
-            if whole:
+            if whole and once:  # labels alone leave the GPU then
+                labels, cosines = self._label_once(photo, lseg, text, timings)
+            elif whole:
                 grid, size = self._grid(photo, lseg, how, timings), lseg.runner.image_size
                 labels, cosines = timings.measure("similarity", lambda: label_grid(grid, text, size))
             else:
@@ -280,6 +291,15 @@ class Desk:
         found["stages"]["total"] = round((time.perf_counter() - start) * 1e3, 1)
         found["notes"] = notes
         return found
+
+    def _label_once(
+        self, photo: KeptPhoto, lseg: Segmenter, text: np.ndarray, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray]:
+        pixels = timings.measure("preprocess", lambda: to_pixels(photo.photo, lseg.runner.image_size)[None])
+        with self._runs:
+            found = lseg.runner.segment(pixels, text, best=True)
+        timings.add(found.timings)
+        return found.labels[0], found.best[0]
 
     def _grid(self, photo: KeptPhoto, lseg: Segmenter, how: How, timings: Timings) -> np.ndarray:
         grid = photo.grid
