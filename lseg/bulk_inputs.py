@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lseg.errors import UserError
 from lseg.image import SUFFIXES, read_bytes
-from lseg.sources import Photo, is_image, is_ours, list_photos, output_names, plain_parts, read_at
+from lseg.sources import BROKEN, Photo, is_image, is_ours, list_photos, output_names, plain_parts, read_at
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,7 +153,7 @@ def _in_remote_tar(uri: str, notes: list[str]) -> list[tuple[Photo, Row]]:
                         continue
                     row = Row("", f"{uri}:{member.name}", uri, member.offset_data, member.size)
                     pairs.append(_pair(plain_parts(member.name), row))
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise UserError(f"{uri} is no tar archive, or breaks off ({error}); pack it again") from None
     except OSError as error:
         raise UserError(f"{uri} cannot be read ({one_line(error)}); check its name and your permissions") from None
@@ -171,7 +171,7 @@ def _in_parquet(path: str, columns: Columns) -> list[tuple[Photo, Row]]:
     stem, full = PurePosixPath(path).stem, path if URI.match(path) else os.path.abspath(path)
     for group in range(file.num_row_groups):
         if columns.name:
-            names = [str(name) for name in file.read_row_group(group, [columns.name])[columns.name].to_pylist()]
+            names = [str(name) for name in _column(path, file, group, columns.name).to_pylist()]
         else:
             names = [f"{stem}-{count + index:08d}" for index in range(file.metadata.row_group(group).num_rows)]
         for index, name in enumerate(names):
@@ -220,7 +220,16 @@ def read_row(row: Row, columns: Columns) -> bytes:
 @lru_cache(maxsize=1)
 def _group(path: str, group: int, column: str) -> pa.ChunkedArray:
     """A row group's images: those of one part are read together, and mostly lie in one."""
-    return _open_parquet(path).read_row_group(group, [column])[column]
+    return _column(path, _open_parquet(path), group, column)
+
+
+def _column(path: str, file: pyarrow.parquet.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    try:
+        return file.read_row_group(group, [column])[column]
+    except (OSError, pa.ArrowException, LookupError) as error:
+        raise UserError(f"{path} is damaged in its column '{column}' ({one_line(error)}); write it again") from None
 
 
 def _open_parquet(path: str) -> pyarrow.parquet.ParquetFile:
@@ -232,7 +241,7 @@ def _open_parquet(path: str) -> pyarrow.parquet.ParquetFile:
             files, inner = open_store(path)
             return pq.ParquetFile(inner, filesystem=files)
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is no Parquet file, or cannot be read ({one_line(error)}); write it again") from None
 
 

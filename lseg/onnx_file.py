@@ -73,7 +73,10 @@ def data_files(path: Path) -> list[Path]:
 
 def parse_metadata(properties: dict[str, str]) -> dict[str, object]:
     """The metadata that `write_onnx` wrote, from a file's own properties; empty for a file of another maker."""
-    return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
+    try:
+        return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
+    except (ValueError, RecursionError):  # it only looks like ours
+        return {}
 
 
 def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: str, remedy: str) -> None:
@@ -83,13 +86,23 @@ def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: st
         UserError: it is another model, or comes from other weights; the sentence ends with `remedy`.
     """
     if metadata.get("kind") != kind:
-        found = f"holds '{metadata['kind']}', not '{kind}'" if "kind" in metadata else "is another project's file"
+        found = (
+            f"holds '{str(metadata['kind'])[:80]}', not '{kind}'" if "kind" in metadata else "is another project's file"
+        )
         raise UserError(f"{path} {found}: {remedy}")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was exported by another version of this project: {remedy}")
     if metadata.get("weights_sha256") != digest:
-        name = metadata.get("weights", "unknown")
+        name = str(metadata.get("weights", "unknown"))[:80]
         raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
+    if kind == "lseg" and not _has_sizes(metadata.get("image_config")):
+        raise UserError(f"{path} does not tell the sizes of its model: {remedy}")
+
+
+def _has_sizes(config: object) -> bool:
+    return isinstance(config, dict) and all(
+        isinstance(config.get(key), int) and config[key] > 0 for key in ("image_size", "patch_size", "embedding")
+    )
 
 
 def check_text(

@@ -15,9 +15,10 @@ from lseg.image import SUFFIXES, read_bytes
 
 PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
 SCORES, FEATURES = "_scores.npy", "_features.safetensors"
-
-
+RESULTS = (PICTURE, LABEL_MAP, MEANING, SCORES, FEATURES)
+BROKEN = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises of archives that are damaged
 LONGEST = 225  # bytes of a name, so that what follows it fits into a file system's 255
+LONGEST_FOLDER, DEEPEST = 1500, 64  # bytes and number of a name's folders, so that all fits into 4096
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _in_archive(path: Path, notes: list[str]) -> list[Photo]:
                 read = lambda shown=shown, at=at, size=size: read_at(path, shown, at, size)  # noqa: E731
                 identity = f"{os.path.realpath(path)}:{at}"
                 photos.append(Photo(shown, plain_parts(member.name), read, identity, place=(path, at, size)))
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise UserError(f"{path} is no tar archive ({error}); pack it again") from None
     if not photos:
         raise UserError(f"{path} holds no image; pack {', '.join(SUFFIXES)} files")
@@ -165,7 +166,7 @@ def _members(archive: tarfile.TarFile, path: Path, notes: list[str]) -> Iterator
     while True:
         try:
             member = archive.next()
-        except tarfile.TarError as error:
+        except BROKEN as error:
             notes.append(f"{path} breaks off or is damaged ({error}): what stands before that is taken")
             return
         if member is None:
@@ -205,9 +206,16 @@ def is_image(name: str) -> bool:
 
 
 def plain_parts(name: str) -> PurePosixPath:
-    """A name from elsewhere, less its suffix and whatever would leave the output folder."""
+    """A name from elsewhere, less its suffix and whatever would leave the output folder, or not fit into it."""
     parts = [part for part in name.replace("\0", "").split("/") if part not in ("", ".", "..")] or ["photo"]
-    return PurePosixPath(*parts[:-1], PurePosixPath(parts[-1]).stem)
+    folders, room = [], LONGEST_FOLDER
+    for part in parts[:-1]:
+        part = os.fsencode(part)[:LONGEST].decode(errors="ignore") or "folder"
+        room -= len(part.encode()) + 1
+        if room > 0 and len(folders) < DEEPEST:  # a folder that is called as results are stands in their way
+            folders.append(f"{part}_" if part.endswith(RESULTS) or part in ("job.json", "parts") else part)
+    stem = PurePosixPath(parts[-1]).stem
+    return PurePosixPath(*folders, "photo" if stem in (".", "..") else stem)
 
 
 def is_ours(name: str) -> bool:
@@ -229,7 +237,7 @@ def output_names(photos: Sequence[Photo], folder: Path) -> list[Path]:
         stem = os.fsencode(photo.name.name)[:LONGEST].decode(errors="ignore") or "photo"
         for number in count(1):
             name = photo.name.with_name(stem if number == 1 else f"{stem}_{number}")
-            results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING, SCORES, FEATURES)}
+            results = {str(folder / f"{name}{end}") for end in RESULTS}
             if not results & taken:
                 break
         taken |= results
