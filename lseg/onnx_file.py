@@ -95,14 +95,15 @@ def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: st
     if metadata.get("weights_sha256") != digest:
         name = str(metadata.get("weights", "unknown"))[:80]
         raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
-    if kind == "lseg" and not _has_sizes(metadata.get("image_config")):
+
+
+def sizes(path: Path, metadata: dict[str, object], remedy: str) -> dict[str, int]:
+    """The image encoder's sizes, as its metadata has them; UserError, ending in `remedy`, where it lacks one."""
+    config = metadata.get("image_config")
+    wanted = ("image_size", "patch_size", "embedding")
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), int) and config[k] > 0 for k in wanted):
         raise UserError(f"{path} does not tell the sizes of its model: {remedy}")
-
-
-def _has_sizes(config: object) -> bool:
-    return isinstance(config, dict) and all(
-        isinstance(config.get(key), int) and config[key] > 0 for key in ("image_size", "patch_size", "embedding")
-    )
+    return config
 
 
 def check_text(
@@ -131,7 +132,9 @@ def checked_image(folder: Path, weights: str) -> tuple[str, dict[str, object]]:
         UserError: the file is missing, damaged, or of other weights.
     """
     digest, metadata = sha256(resolve(weights)), read_metadata(folder / IMAGE_ONNX)
-    check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy_for("lseg_export.py", weights, folder))
+    remedy = remedy_for("lseg_export.py", weights, folder)
+    check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy)
+    sizes(folder / IMAGE_ONNX, metadata, remedy)
     return digest, metadata
 
 

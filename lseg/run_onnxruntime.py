@@ -40,7 +40,9 @@ def open_session(path: Path, remedy: str, providers: list | None = None) -> ort.
     try:
         providers = providers or default_providers()
         # Where there is nothing to fall back to, it would print of it and try the same again.
-        return ort.InferenceSession(path, options, providers=providers, enable_fallback=len(providers) > 1)
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=len(providers) > 1)
+        _metadata(session), [value.name for value in (*session.get_inputs(), *session.get_outputs())]  # are they text?
+        return session
     except Exception as error:  # ONNX Runtime has a class of its own for each cause
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} is damaged, cut short or no ONNX file ({reason}): {remedy}") from error

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pyarrow as pa
@@ -25,7 +26,7 @@ from lseg.bulk_output import Output, check_job
 from lseg.checkpoint import load, save_safetensors
 from lseg.engine import build_seconds, mismatch
 from lseg.errors import UserError, say
-from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, check_weights, read_metadata
+from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, read_metadata, sizes
 from lseg.polygraph import main as polygraph
 from lseg.polygraph import parse_args
 from lseg.run_onnxruntime import OnnxRuntimeRunner
@@ -33,6 +34,7 @@ from lseg.sources import plain_parts
 from lseg.tensorfile import read
 from lseg.text_cache import FILE, TextCache
 from lseg.tokenizer import Tokenizer
+from lseg.video import open_video
 
 DEEP = "[" * 100_000 + "]" * 100_000
 PAIRS = b"2\x86" * 60  # a pair of the pair before, sixty times: endless to hash
@@ -52,13 +54,23 @@ class TestPickles:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # kilobytes
 
     @pytest.mark.parametrize(
-        "end", [b"Ns.", b"N0(", b"N\x86\x85R", b"tQ."], ids=["key", "dictionary", "ordered dictionary", "reference"]
+        "before, after, reason",
+        [
+            (b"}", b"Ns.", "a dictionary's key is too large"),
+            (b"}(", b"Nu.", "a dictionary's key is too large"),
+            (b"(", b"Nd.", "a dictionary's key is too large"),
+            (b"ccollections\nOrderedDict\n(]", b"N\x86atR.", "a dictionary's key is too large"),
+            (b"\x8f(", b"\x90.", "a dictionary's key is too large"),
+            (b"(", b"\x91.", "a dictionary's key is too large"),
+            (b"(", b"tQ.", "a reference is of an unknown kind"),
+            (b"(X\7\0\0\0storagectorch\nFloatStorage\n", b"NNtQ.", "a storage's name or length is none"),
+        ],
+        ids=["item", "items", "dictionary", "ordered", "set", "frozen set", "reference", "storage"],
     )
-    def test_keys_that_are_endless_to_hash(self, tmp_path, end):
-        start = {b"Ns.": b"}", b"N0(": b"(", b"N\x86\x85R": b"ccollections\nOrderedDict\n"}.get(end, b"(")
-        data = b"\x80\2" + start + b")" + PAIRS + {b"N0(": b"Nd."}.get(end, end) + b"."
-        (tmp_path / "w.pt").write_bytes(zipped(data))
-        with pytest.raises(UserError, match="w.pt is cut short or damaged"):
+    def test_keys_that_are_endless_to_hash(self, tmp_path, before, after, reason):
+        """Or, of a reference, to write out."""
+        (tmp_path / "w.pt").write_bytes(zipped(b"\x80\4" + before + b")" + PAIRS + after))
+        with pytest.raises(UserError, match=rf"w.pt is cut short or damaged \({reason}\)"):
             read(tmp_path / "w.pt", "try again")
 
     @pytest.mark.parametrize("names", [b"a", b"ab"])
@@ -132,11 +144,10 @@ class TestOnnx:
 
     def test_an_image_encoder_without_its_sizes(self, tiny):
         metadata = read_metadata(tiny.folder / IMAGE_ONNX)
-        digest = metadata["weights_sha256"]
-        check_weights(Path("x.onnx"), metadata, "lseg", digest, "export it")
+        assert sizes(Path("x.onnx"), metadata, "export it")["image_size"] == 64
         for config in (None, {}, {"image_size": "64", "patch_size": 16, "embedding": 24}, []):
             with pytest.raises(UserError, match="x.onnx does not tell the sizes of its model: export it"):
-                check_weights(Path("x.onnx"), metadata | {"image_config": config}, "lseg", digest, "export it")
+                sizes(Path("x.onnx"), metadata | {"image_config": config}, "export it")
 
     @pytest.mark.parametrize("name", [IMAGE_ONNX, SIMILARITY_ONNX])
     def test_the_right_notes_on_another_graph(self, tiny, tmp_path, name):
@@ -223,6 +234,33 @@ def test_a_reference_of_other_arrays(tmp_path, change):
         np.savez_compressed(path, **{**file, **change})
     with pytest.raises(UserError, match="is no reference, or damaged"):
         Expected.load(path, "inputs")
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile {other}\n",
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{other}\n#EXT-X-ENDLIST\n",
+    "SDP": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("suffix", [".mp4", ".m3u8"])
+def test_a_video_that_names_others(tmp_path, kind, suffix):
+    """FFmpeg would read the files that a playlist names, and perhaps ask other machines."""
+    import socket
+
+    writer = cv2.VideoWriter(str(tmp_path / "real.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (32, 16))
+    writer.write(np.zeros((16, 32, 3), np.uint8))
+    writer.release()
+    open_video(str(tmp_path / "real.mp4")).capture.release()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        for other in ("real.mp4", f"http://127.0.0.1:{server.getsockname()[1]}/x.mp4"):
+            (tmp_path / f"v{suffix}").write_text(PLAYLISTS[kind].format(other=other))
+            with pytest.raises(UserError, match=f"v{suffix} is a list of other files; give the video itself"):
+                open_video(str(tmp_path / f"v{suffix}"))
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 class TestNames:
