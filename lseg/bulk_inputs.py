@@ -85,7 +85,9 @@ def _expand(text: str, columns: Columns, ours: str, notes: list[str]) -> Iterabl
         return _in_store(text, columns, ours, notes)
     path = Path(text)
     if path.is_dir():
-        held = [str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in (*TAR, *PARQUET)]
+        held = [
+            str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in (*TAR, *PARQUET) and file.is_file()
+        ]
         held = [file for file in held if not _hidden(Path(file).relative_to(path))]
         held = [file for file in held if not os.path.abspath(file).startswith(ours)]
         loose = any(is_image(name) for _, _, files in os.walk(path) for name in files)
@@ -95,7 +97,7 @@ def _expand(text: str, columns: Columns, ours: str, notes: list[str]) -> Iterabl
         held = sorted(file for file in glob.glob(text, recursive=True) if file.lower().endswith((*TAR, *PARQUET)))
         if held:
             return [pair for file in held for pair in _expand(file, columns, ours, notes)]
-    if path.suffix.lower() in PARQUET and path.exists():
+    if path.suffix.lower() in PARQUET and path.is_file():
         return _in_parquet(str(path), columns)
     return _local(list_photos([text]), notes)
 

@@ -76,6 +76,8 @@ def _expand(text: str | Path, notes: list[str]) -> list[Photo]:
             return [_photo(file, file.stem) for file in files]
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name")
+        if path.suffix.lower() in (".txt", ".tar") and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is not a regular file; give a list or an archive")
         if path.suffix.lower() == ".txt":
             return _in_list(path)
         if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):

@@ -40,6 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", action="append", metavar="NAME", help="this one alone; may be given several times")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with each target's case N")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the counts as JSON")
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="an earlier run's JSON: run --target's cases of it again, after a mend",
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for the files of cases that failed")
     return parser.parse_args(argv)
 
@@ -70,7 +76,11 @@ def main(args: argparse.Namespace) -> int:
     if args.cases < 1:
         raise UserError(f"--cases {args.cases} cannot be: give 1 or more")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
-    counts = spread(args.cases, args.target)
+    counts, earlier = spread(args.cases, args.target), None
+    if args.again:
+        earlier = json.loads(args.again.read_text())
+        counts = {name: earlier["targets"][name]["cases"] for name in counts}
+        seed, args.first = earlier["seed"], earlier["first"]
     print(f"{sum(counts.values())} cases, --seed {seed}")
     start, bad = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=sum(counts.values()), unit="case") as bar:
@@ -87,27 +97,31 @@ def main(args: argparse.Namespace) -> int:
             print(f"{name} case {failure.case}: {failure.kind}: {failure.words}")
     print(f"{sum(tally.cases for tally in tallies.values())} cases in {seconds:.0f} s, {bad} failures")
     if args.output:
-        text = json.dumps(describe(tallies, seed, args.first, seconds), indent=1) + "\n"
+        found = describe({name: tally.to_dict() for name, tally in tallies.items()}, seed, args.first, seconds)
+        if earlier:
+            targets = earlier["targets"] | {name: one | {"again": True} for name, one in found["targets"].items()}
+            found = describe(targets, seed, args.first, earlier["seconds"] + seconds)
+        text = json.dumps(found, indent=1) + "\n"
         write_files({args.output: text.encode()})
     return 1 if bad else 0
 
 
-def describe(tallies: dict[str, Tally], seed: int, first: int, seconds: float) -> dict[str, object]:
-    every = tallies.values()
+def describe(targets: dict[str, dict], seed: int, first: int, seconds: float) -> dict[str, object]:
+    every = targets.values()
     return {
-        "cases": sum(tally.cases for tally in every),
-        "failures": sum(len(tally.failures) for tally in every),
-        "refused": sum(tally.refused for tally in every),
-        "accepted": sum(tally.accepted for tally in every),
+        "cases": sum(one["cases"] for one in every),
+        "failures": sum(len(one["failures"]) for one in every),
+        "refused": sum(one["refused"] for one in every),
+        "accepted": sum(one["accepted"] for one in every),
         "seed": seed,
         "first": first,
         "seconds": round(seconds),
         "limits": {"seconds": SECONDS, "growth_mib": GROWTH >> 20},
         "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
         "packages": {name: version(name) for name in PACKAGES},
-        "slowest_seconds": max(tally.slowest_seconds for tally in every),
-        "largest_growth_mib": max(tally.largest_growth_mib for tally in every),
-        "targets": {name: tally.to_dict() for name, tally in tallies.items()},
+        "slowest_seconds": max(one["slowest_seconds"] for one in every),
+        "largest_growth_mib": max(one["largest_growth_mib"] for one in every),
+        "targets": targets,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import struct
 import zipfile
@@ -298,6 +299,17 @@ class TestNames:
         path.write_bytes(data)
         with pytest.raises(UserError, match="y.parquet is damaged in its column 'image'"):
             read_row(rows[0]._replace(path=str(path)), Columns())
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("x.tar", "x.txt", "x.parquet", "x.png"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            rows, _ = list_rows([str(tmp_path / name)], str(tmp_path / "out"), Columns())
+            read_row(rows[0], Columns())
+    (tmp_path / "y.png").write_bytes(picture())
+    rows, _ = list_rows([str(tmp_path)], str(tmp_path / "out"), Columns())
+    assert sorted(row.name for row in rows) == ["x", "y"]
 
 
 @pytest.mark.parametrize("word", ["a b " * 10**6, "ſ" * 10**5, "&amp;" * 10**5])
