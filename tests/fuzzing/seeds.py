@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from fuzzing.formats import arrays
+from fuzzing.arrays import npy
 
 Tree = dict[str, bytes]  # a case: files by their names, the first of which is the one that is changed
 
@@ -127,13 +127,13 @@ def label_files(folder: Path) -> list[Tree]:
 
 
 def points(folder: Path) -> list[Tree]:
-    array = arrays(np.array([[1, 2], [30, 40]]))
+    array = npy(np.array([[1, 2], [30, 40]]))
     return [{"p.txt": b"# x y\n1 2\n30,40  # a corner\n+5\t6\n"}, {"p.npy": array}]
 
 
 def masks(folder: Path) -> list[Tree]:
     one = [{"m.png": picture(kind=kind, channels=1)} for kind in (np.uint8, np.uint16)]
-    return [*one, {"m.npy": arrays(np.arange(63).reshape(7, 9))}, {"m.png": picture()}]
+    return [*one, {"m.npy": npy(np.arange(63).reshape(7, 9))}, {"m.png": picture()}]
 
 
 def features(folder: Path) -> list[Tree]:

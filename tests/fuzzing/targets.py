@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzzing import formats, hostile, readers, seeds
+from fuzzing import arrays, formats, hostile, readers, seeds
 from fuzzing.formats import pickle_ops, png_chunks, safetensors_header, zip_archive
 from fuzzing.mutate import Rng, chance, json_file, mixed, mutate_bytes, pick, text_file
 from fuzzing.seeds import Tree
@@ -46,17 +46,17 @@ def _checkpoint(data: bytes, rng: Rng, others: Sequence[bytes] = ()) -> bytes:
 
 
 def _points(data: bytes, rng: Rng, others: Sequence[bytes] = ()) -> bytes:
-    return (formats.npy_header if data.startswith(b"\x93NUMPY") else text_file)(data, rng, others)
+    return (arrays.npy_header if data.startswith(b"\x93NUMPY") else text_file)(data, rng, others)
 
 
 def _features(data: bytes, rng: Rng, others: Sequence[bytes] = ()) -> bytes:
     if data.startswith(b"\x93NUMPY"):
-        return formats.npy_header(data, rng, others)
+        return arrays.npy_header(data, rng, others)
     return (json_file if data.startswith(b"{") else safetensors_header)(data, rng, others)
 
 
 def _mask(data: bytes, rng: Rng, others: Sequence[bytes] = ()) -> bytes:
-    return (formats.npy_header if data.startswith(b"\x93NUMPY") else png_chunks)(data, rng, others)
+    return (arrays.npy_header if data.startswith(b"\x93NUMPY") else png_chunks)(data, rng, others)
 
 
 def _picture(data: bytes, rng: Rng, others: Sequence[bytes] = ()) -> bytes:
@@ -85,7 +85,7 @@ def with_bytes(change: Change, share: float = 0.4) -> Change:
 
 
 _tar = mixed((0.4, formats.tar_members), (0.35, formats.tar_header), (0.25, mutate_bytes))
-_onnx = with_bytes(formats.onnx_fields, 0.3)
+_onnx = with_bytes(arrays.onnx_fields, 0.3)
 
 TARGETS = (
     Target("checkpoint", readers.checkpoint, seeds.checkpoints, with_bytes(_checkpoint), hostile.checkpoints, 2),
@@ -109,7 +109,7 @@ TARGETS = (
     Target("page", readers.page, seeds.pictures, with_bytes(_picture), hostile.images, 5),
     Target("tar", readers.photos, seeds.tars, _tar, hostile.tars, 0.06),
     Target("bulk_tar", readers.bulk, seeds.tars, _tar, hostile.tars, 1.2),
-    Target("bulk_parquet", readers.bulk, seeds.parquets, with_bytes(formats.parquet_table), hostile.parquets, 1.2),
+    Target("bulk_parquet", readers.bulk, seeds.parquets, with_bytes(arrays.parquet_table), hostile.parquets, 1.2),
     Target("video", readers.video, seeds.videos, with_bytes(formats.atoms, 0.6), hostile.videos, 0.06),
     Target("dataset", readers.data_set, seeds.data_sets, with_bytes(_set), share=8),
     Target("report", readers.report, seeds.reports, json_file, hostile.report_trees, 6),
