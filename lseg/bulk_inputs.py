@@ -195,7 +195,10 @@ def _pair(name: PurePosixPath, row: Row) -> tuple[Photo, Row]:
 def read_row(row: Row, columns: Columns) -> bytes:
     """An image's bytes, as stored; UserError where they cannot be read."""
     if row.group != WHOLE:
-        value = _group(row.path, row.group, columns.image)[row.offset].as_py()
+        group = _group(row.path, row.group, columns.image)
+        if row.offset >= len(group):
+            raise UserError(f"{row.path} is damaged, for it lacks rows that it counts; write it again")
+        value = group[row.offset].as_py()
         value = value["bytes"] if isinstance(value, dict) else value
         if not value:
             raise UserError(f"{row.shown} is empty; write it again")
@@ -208,14 +211,15 @@ def read_row(row: Row, columns: Columns) -> bytes:
             if row.offset == WHOLE:
                 data = file.read()
             else:
-                file.seek(row.offset)
-                data = file.read(row.size)
+                whole = row.size >= 0 and row.offset + row.size <= file.size()
+                file.seek(row.offset if whole else 0)
+                data = file.read(row.size if whole else 0)
     except OSError as error:
         raise UserError(f"{row.shown} cannot be read ({one_line(error)}); check its name and permissions") from None
+    if not 0 <= row.size <= len(data):
+        raise UserError(f"{row.shown} is cut short, with its archive; copy or pack that again")
     if not data:
         raise UserError(f"{row.shown} is empty; copy it again")
-    if len(data) < row.size:
-        raise UserError(f"{row.shown} is cut short, with its archive; copy or pack that again")
     return data
 
 

@@ -191,10 +191,10 @@ def read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read(size) if offset + size <= os.fstat(file.fileno()).st_size else b""
+            data = file.read(size) if size >= 0 and offset + size <= os.fstat(file.fileno()).st_size else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
-    if len(data) < size:
+    if not 0 <= size <= len(data):
         raise UserError(f"{shown} is cut short, with its archive; copy or pack that again")
     if not data:
         raise UserError(f"{shown} is empty; pack it again")

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from fuzzing.seeds import picture
 
 from lseg import report
 from lseg.accuracy import Expected
-from lseg.bulk_inputs import Columns, list_rows, read_row
+from lseg.bulk_inputs import Columns, Row, list_rows, read_row
 from lseg.bulk_output import Output, check_job
 from lseg.checkpoint import load, save_safetensors
+from lseg.dataset import Dataset
 from lseg.engine import build_seconds, mismatch
 from lseg.errors import UserError, say
+from lseg.features import read_region_mask
+from lseg.image import read_image
 from lseg.onnx_file import IMAGE_ONNX, SIMILARITY_ONNX, read_metadata, sizes
 from lseg.polygraph import main as polygraph
 from lseg.polygraph import parse_args
@@ -299,6 +303,29 @@ class TestNames:
         path.write_bytes(data)
         with pytest.raises(UserError, match="y.parquet is damaged in its column 'image'"):
             read_row(rows[0]._replace(path=str(path)), Columns())
+
+
+def test_a_png_that_says_it_is_long(tmp_path):
+    """OpenCV made room for 2 GiB in front of a part of that length."""
+    data = picture(channels=1)
+    for length in (len(data), 2**31 - 1, 2**32 - 1):
+        path = tmp_path / "x.png"
+        path.write_bytes(data[:33] + struct.pack(">I", length) + data[37:])
+        start = time.process_time()
+        for reader in (read_image, read_region_mask, lambda file: Dataset("d", (), ("a", "b")).mask(file, (7, 9))):
+            with pytest.raises(UserError, match="x.png (is damaged|cannot be read)"):
+                reader(path)
+        assert time.process_time() - start < 0.5
+    path.write_bytes(data + bytes(9))  # what follows a whole one is nobody's
+    read_region_mask(path)
+
+
+def test_members_of_no_size(tmp_path):
+    (tmp_path / "x.tar").write_bytes(bytes(2048))
+    for path in (str(tmp_path / "x.tar"), f"file://{tmp_path}/x.tar"):
+        for offset, size in ((512, -512), (512, 2**62), (1 << 40, 1)):
+            with pytest.raises(UserError, match="x.tar:a.png is cut short"):
+                read_row(Row("a", f"{path}:a.png", path, offset, size), Columns())
 
 
 def test_pipes_are_not_waited_for(tmp_path):
