@@ -225,12 +225,12 @@ def random_weights(folder: Path) -> str:
 
 def model_config(args: argparse.Namespace, digest: str) -> dict:
     """The image encoder's sizes, from the exported file where there is one, else from the weights."""
-    from lseg.onnx_file import IMAGE_ONNX, read_metadata
+    from lseg.onnx_file import IMAGE_ONNX, read_metadata, sizes
 
     if (args.onnx / IMAGE_ONNX).is_file():
         metadata = read_metadata(args.onnx / IMAGE_ONNX)
         if metadata.get("weights_sha256") == digest:
-            return metadata["image_config"]
+            return sizes(args.onnx / IMAGE_ONNX, metadata, "export it again")
     from lseg import checkpoint
 
     return checkpoint.load(args.weights).image_config.to_dict()

@@ -49,7 +49,9 @@ class Expected:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             made_from = str(arrays.pop("inputs"))
-            text = arrays.pop("text")
+            found = cls(arrays["text"], *(_numbered(arrays, prefix) for prefix in ("embeddings", "photo", "image")))
+            if not found._is_whole():
+                raise ValueError
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}): make it with --save-reference"
@@ -58,11 +60,33 @@ class Expected:
             raise UserError(f"{path} is no reference, or damaged: make it with --save-reference") from None
         if made_from != inputs:
             raise UserError(f"{path} was made from other weights, photos, labels or data: make it again")
+        return found
 
-        def numbered(prefix: str) -> list[np.ndarray]:
-            return [arrays[f"{prefix}_{i}"] for i in range(sum(name.startswith(f"{prefix}_") for name in arrays))]
+    def _is_whole(self) -> bool:
+        """Whether the arrays are of the kinds that `save` writes."""
+        parts = [([self.text], "f", 2), (self.embeddings, "f", 3), (self.photo_labels, "u", 2), (self.labels, "u", 1)]
+        return all(one.dtype.kind == kind and one.ndim == axes for ones, kind, axes in parts for one in ones)
 
-        return cls(text, numbered("embeddings"), numbered("photo"), numbered("image"))
+    def check_fits(self, own: Expected, images: int) -> None:
+        """UserError unless it is of as many photos and images as another, of the same sizes."""
+        pairs = [(self.embeddings, own.embeddings), (self.photo_labels, own.photo_labels), ([self.text], [own.text])]
+        same = all([a.shape for a in mine] == [b.shape for b in theirs] for mine, theirs in pairs)
+        if not same or len(self.labels) != images:
+            raise UserError(
+                "the reference has other sizes than what it is compared with: make it with --save-reference"
+            )
+
+
+def _numbered(arrays: dict[str, np.ndarray], prefix: str) -> list[np.ndarray]:
+    return [arrays[f"{prefix}_{i}"] for i in range(sum(name.startswith(f"{prefix}_") for name in arrays))]
+
+
+def _label_map(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A label map of the reference, from its PNG's bytes."""
+    found = cv2.imdecode(data.astype(np.uint8), cv2.IMREAD_UNCHANGED) if data.size else None
+    if found is None or found.shape != shape:
+        raise UserError("the reference has a damaged label map: make it with --save-reference")
+    return found
 
 
 @dataclass
@@ -113,6 +137,8 @@ def measure_accuracy(
         own.embeddings.append(runner.encode_image(pixels[None])[0, :, ::STRIDE, ::STRIDE])
         own.photo_labels.append(runner.segment(pixels[None], text).labels[0].astype(np.uint16))
     reference = expected or own
+    if expected is not None:
+        expected.check_fits(own, len(dataset.pairs) if dataset else 0)
     figures: dict = {"is_reference": expected is None, "photos": len(photos)}
     figures["text_cosine_min"] = float((text * reference.text).sum(axis=1).min())
     if photos:
@@ -132,7 +158,7 @@ def measure_accuracy(
             labels = segment_photo(runner, image, text, mode).astype(np.uint16)
             if expected is None:
                 own.labels.append(cv2.imencode(".png", labels)[1])
-            wanted = cv2.imdecode(reference.labels[index], cv2.IMREAD_UNCHANGED)
+            wanted = _label_map(reference.labels[index], labels.shape)
             score.add(labels, truth, wanted)
             if expected is not None:
                 reference_score.add(wanted, truth, wanted)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lseg.errors import UserError
 from lseg.image import SUFFIXES, read_bytes
-from lseg.sources import Photo, is_image, is_ours, list_photos, output_names, plain_parts, read_at
+from lseg.sources import BROKEN, Photo, is_image, is_ours, list_photos, output_names, plain_parts, read_at
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +85,9 @@ def _expand(text: str, columns: Columns, ours: str, notes: list[str]) -> Iterabl
         return _in_store(text, columns, ours, notes)
     path = Path(text)
     if path.is_dir():
-        held = [str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in (*TAR, *PARQUET)]
+        held = [
+            str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in (*TAR, *PARQUET) and file.is_file()
+        ]
         held = [file for file in held if not _hidden(Path(file).relative_to(path))]
         held = [file for file in held if not os.path.abspath(file).startswith(ours)]
         loose = any(is_image(name) for _, _, files in os.walk(path) for name in files)
@@ -95,7 +97,7 @@ def _expand(text: str, columns: Columns, ours: str, notes: list[str]) -> Iterabl
         held = sorted(file for file in glob.glob(text, recursive=True) if file.lower().endswith((*TAR, *PARQUET)))
         if held:
             return [pair for file in held for pair in _expand(file, columns, ours, notes)]
-    if path.suffix.lower() in PARQUET and path.exists():
+    if path.suffix.lower() in PARQUET and path.is_file():
         return _in_parquet(str(path), columns)
     return _local(list_photos([text]), notes)
 
@@ -153,7 +155,7 @@ def _in_remote_tar(uri: str, notes: list[str]) -> list[tuple[Photo, Row]]:
                         continue
                     row = Row("", f"{uri}:{member.name}", uri, member.offset_data, member.size)
                     pairs.append(_pair(plain_parts(member.name), row))
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise UserError(f"{uri} is no tar archive, or breaks off ({error}); pack it again") from None
     except OSError as error:
         raise UserError(f"{uri} cannot be read ({one_line(error)}); check its name and your permissions") from None
@@ -171,7 +173,7 @@ def _in_parquet(path: str, columns: Columns) -> list[tuple[Photo, Row]]:
     stem, full = PurePosixPath(path).stem, path if URI.match(path) else os.path.abspath(path)
     for group in range(file.num_row_groups):
         if columns.name:
-            names = [str(name) for name in file.read_row_group(group, [columns.name])[columns.name].to_pylist()]
+            names = [str(name) for name in _column(path, file, group, columns.name).to_pylist()]
         else:
             names = [f"{stem}-{count + index:08d}" for index in range(file.metadata.row_group(group).num_rows)]
         for index, name in enumerate(names):
@@ -193,7 +195,10 @@ def _pair(name: PurePosixPath, row: Row) -> tuple[Photo, Row]:
 def read_row(row: Row, columns: Columns) -> bytes:
     """An image's bytes, as stored; UserError where they cannot be read."""
     if row.group != WHOLE:
-        value = _group(row.path, row.group, columns.image)[row.offset].as_py()
+        group = _group(row.path, row.group, columns.image)
+        if row.offset >= len(group):
+            raise UserError(f"{row.path} is damaged, for it lacks rows that it counts; write it again")
+        value = group[row.offset].as_py()
         value = value["bytes"] if isinstance(value, dict) else value
         if not value:
             raise UserError(f"{row.shown} is empty; write it again")
@@ -206,21 +211,31 @@ def read_row(row: Row, columns: Columns) -> bytes:
             if row.offset == WHOLE:
                 data = file.read()
             else:
-                file.seek(row.offset)
-                data = file.read(row.size)
+                whole = row.size >= 0 and row.offset + row.size <= file.size()
+                file.seek(row.offset if whole else 0)
+                data = file.read(row.size if whole else 0)
     except OSError as error:
         raise UserError(f"{row.shown} cannot be read ({one_line(error)}); check its name and permissions") from None
+    if not 0 <= row.size <= len(data):
+        raise UserError(f"{row.shown} is cut short, with its archive; copy or pack that again")
     if not data:
         raise UserError(f"{row.shown} is empty; copy it again")
-    if len(data) < row.size:
-        raise UserError(f"{row.shown} is cut short, with its archive; copy or pack that again")
     return data
 
 
 @lru_cache(maxsize=1)
 def _group(path: str, group: int, column: str) -> pa.ChunkedArray:
     """A row group's images: those of one part are read together, and mostly lie in one."""
-    return _open_parquet(path).read_row_group(group, [column])[column]
+    return _column(path, _open_parquet(path), group, column)
+
+
+def _column(path: str, file: pyarrow.parquet.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    try:
+        return file.read_row_group(group, [column])[column]
+    except (OSError, pa.ArrowException, LookupError) as error:
+        raise UserError(f"{path} is damaged in its column '{column}' ({one_line(error)}); write it again") from None
 
 
 def _open_parquet(path: str) -> pyarrow.parquet.ParquetFile:
@@ -232,7 +247,7 @@ def _open_parquet(path: str) -> pyarrow.parquet.ParquetFile:
             files, inner = open_store(path)
             return pq.ParquetFile(inner, filesystem=files)
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is no Parquet file, or cannot be read ({one_line(error)}); write it again") from None
 
 

@@ -165,7 +165,7 @@ def check_job(output: Output, job: dict[str, Any], resume: bool) -> dict[str, by
         raise UserError(f"{output.where} holds a job already: add --resume to go on, or choose another --output")
     try:
         before, now = dict(json.loads(there)), json.loads(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{output.where}/{JOB} is damaged: choose another --output") from None
     for key in now:
         if before.get(key) != now[key]:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from lseg.errors import UserError
+from lseg.image import decode
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 VOID = -1  # of a mask as `Dataset.mask` gives it: the pixel counts nowhere
@@ -35,7 +36,7 @@ class Dataset:
         Raises:
             UserError: it cannot be read, has another size than `shape`, or a value beyond the labels.
         """
-        values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        values = decode(path, path.read_bytes(), cv2.IMREAD_UNCHANGED)
         if values is None:
             raise UserError(f"{path} cannot be read as a mask: restore it")
         if values.ndim != 2:

@@ -111,7 +111,7 @@ def mismatch(path: Path, made_from: dict[str, object]) -> str | None:
         return "there is none yet"
     try:
         sidecar = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "its sidecar is missing or damaged"
     if not isinstance(sidecar, dict):
         return "its sidecar is damaged"
@@ -121,6 +121,15 @@ def mismatch(path: Path, made_from: dict[str, object]) -> str | None:
     if sidecar.get("engine_sha256") != sha256(path):
         return "its contents do not match its sidecar"
     return None
+
+
+def build_seconds(path: Path) -> float:
+    """How long the engine at `path` took to build, as its sidecar says; 0 where it does not."""
+    try:
+        seconds = json.loads(path.with_suffix(".json").read_text())["build_seconds"]
+        return float(seconds) if isinstance(seconds, (int, float)) and 0 <= seconds < 1e9 else 0.0
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return 0.0
 
 
 def discard(path: Path) -> None:

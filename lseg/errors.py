@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,16 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Bad input: one sentence that names the file or value and says what to do about it."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+def visible(text: str) -> str:
+    """A text as one line for a terminal: of control characters in it, as names of files may have, their escapes."""
+    if text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def short(path: str | Path) -> Path:
@@ -36,9 +47,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(line: object) -> None:
-    """Prints a line. When nobody reads stdout any more, as behind `| head`, the work goes on in silence."""
+    """Prints one line. When nobody reads stdout any more, as behind `| head`, the work goes on in silence."""
     try:
-        print(line, flush=True)
+        print(visible(str(line)), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # what is still in the old buffer must not fail at exit
 
@@ -62,10 +73,12 @@ def run(main: Callable[[], int | None]) -> None:
         status = 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        print(f"error: {what}{error.strerror or error}; mend that and try again", file=sys.stderr)
+        reason = " ".join(str(error.strerror or error).split())  # some libraries add where in their source they are
+        print(f"error: {visible(what + reason[:300])}; mend that and try again", file=sys.stderr)
         status = 2
     except MemoryError as error:
-        print(f"error: not enough memory ({str(error)[:120]}); ask for less at a time", file=sys.stderr)
+        reason = " ".join(str(error).split())[:120]
+        print(f"error: not enough memory ({reason}); ask for less at a time", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("\nerror: interrupted; what was finished before stays", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lseg.errors import UserError
 from lseg.files import write_files
-from lseg.image import labels_to_photo
+from lseg.image import decode, labels_to_photo
 
 PAIRS = 4096  # pairs of a network pixel and a region that are summed at once: 16 MiB at D = 512
 SCORES = 2**22  # float32 values that `query` works with at a time: 16 MiB
@@ -216,7 +216,7 @@ def read_region_mask(path: str | Path) -> np.ndarray:
         return _check(_load(path), path, MASK)
     with _reading(path, PNG):
         data = path.read_bytes()
-        mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+        mask = decode(path, data, cv2.IMREAD_UNCHANGED) if data else None
     # From 24 on: bits and kind. OpenCV would stretch fewer bits to 0..255 and turn a palette's indices to colours.
     if mask is None or mask.ndim != 2 or data[:4] != b"\x89PNG" or tuple(data[24:26]) not in ((8, 0), (16, 0)):
         raise UserError(f"{path} is damaged or no PNG of one channel with 8 or 16 bits: {PNG}")

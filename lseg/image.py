@@ -51,9 +51,9 @@ def decode_image(data: bytes, path: str | Path) -> np.ndarray:
     """`read_image` of a file's bytes; `path` names it in errors."""
     if data.startswith(JPEG) and not _jpeg_is_whole(data):
         raise UserError(f"{path} is cut short: it is a JPEG without its end; copy or download it again")
-    image = _decode(path, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    image = decode(path, data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None and data.startswith(TIFF):  # perhaps of values that do not turn into colours
-        image = _decode(path, data, cv2.IMREAD_UNCHANGED)
+        image = decode(path, data, cv2.IMREAD_UNCHANGED)
     if image is None:
         if data.startswith(SIGNATURES):
             raise UserError(f"{path} is damaged or cut short; copy or download it again")
@@ -155,7 +155,10 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def _decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
+def decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
+    """OpenCV's imdecode; None where it fails, and UserError where memory does. `path` names the file in errors."""
+    if _png_is_cut(data):
+        return None
     try:
         with silent_stderr:
             return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -165,6 +168,14 @@ def _decode(path: str | Path, data: bytes, flags: int) -> np.ndarray | None:
                 f"{path} is too large to decode; scale it down to at most {MAX_PIXELS:,} pixels, or what memory holds"
             ) from None
         return None
+
+
+def _png_is_cut(data: bytes) -> bool:
+    """Whether a part of a PNG reaches beyond the file's end. OpenCV would make room for it first, up to 2 GiB."""
+    at = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at > len(data)
 
 
 def _jpeg_is_whole(data: bytes) -> bool:

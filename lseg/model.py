@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+MOST_BLOCKS, LARGEST, MOST_POSITIONS = 256, 1 << 16, 1 << 28  # of what a file may ask for: far beyond any model
 LOGIT_SCALE = 1 / 0.07  # LSeg's fixed temperature: a positive factor, so it never changes which label wins
 
 
@@ -53,6 +54,13 @@ class LSegConfig:
             raise ValueError(f"taps {list(taps)} are not four blocks of {config.depth}, in order")
         if len(config.reassemble) != 4:
             raise ValueError(f"reassemble {list(config.reassemble)} does not name four levels")
+        for name, value in config.to_dict().items():
+            most = MOST_BLOCKS if name == "depth" else LARGEST
+            sizes = () if name == "taps" else value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(size, int) and 0 < size <= most for size in sizes):
+                raise ValueError(f"{name} is {value}, and may be 1 to {most}")
+        if (1 + config.grid**2) * config.width > MOST_POSITIONS:
+            raise ValueError(f"{config.grid} x {config.grid} patches of width {config.width} are too many")
         return config
 
 

@@ -73,7 +73,10 @@ def data_files(path: Path) -> list[Path]:
 
 def parse_metadata(properties: dict[str, str]) -> dict[str, object]:
     """The metadata that `write_onnx` wrote, from a file's own properties; empty for a file of another maker."""
-    return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
+    try:
+        return {k.removeprefix(PREFIX): json.loads(v) for k, v in properties.items() if k.startswith(PREFIX)}
+    except (ValueError, RecursionError):  # it only looks like ours
+        return {}
 
 
 def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: str, remedy: str) -> None:
@@ -83,13 +86,24 @@ def check_weights(path: Path, metadata: dict[str, object], kind: str, digest: st
         UserError: it is another model, or comes from other weights; the sentence ends with `remedy`.
     """
     if metadata.get("kind") != kind:
-        found = f"holds '{metadata['kind']}', not '{kind}'" if "kind" in metadata else "is another project's file"
+        found = (
+            f"holds '{str(metadata['kind'])[:80]}', not '{kind}'" if "kind" in metadata else "is another project's file"
+        )
         raise UserError(f"{path} {found}: {remedy}")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was exported by another version of this project: {remedy}")
     if metadata.get("weights_sha256") != digest:
-        name = metadata.get("weights", "unknown")
+        name = str(metadata.get("weights", "unknown"))[:80]
         raise UserError(f"{path} was exported from other weights ({name}) than asked for: {remedy}")
+
+
+def sizes(path: Path, metadata: dict[str, object], remedy: str) -> dict[str, int]:
+    """The image encoder's sizes, as its metadata has them; UserError, ending in `remedy`, where it lacks one."""
+    config = metadata.get("image_config")
+    wanted = ("image_size", "patch_size", "embedding")
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), int) and config[k] > 0 for k in wanted):
+        raise UserError(f"{path} does not tell the sizes of its model: {remedy}")
+    return config
 
 
 def check_text(
@@ -118,7 +132,9 @@ def checked_image(folder: Path, weights: str) -> tuple[str, dict[str, object]]:
         UserError: the file is missing, damaged, or of other weights.
     """
     digest, metadata = sha256(resolve(weights)), read_metadata(folder / IMAGE_ONNX)
-    check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy_for("lseg_export.py", weights, folder))
+    remedy = remedy_for("lseg_export.py", weights, folder)
+    check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy)
+    sizes(folder / IMAGE_ONNX, metadata, remedy)
     return digest, metadata
 
 

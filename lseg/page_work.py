@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ RUNS_AT_ONCE = 2  # of the network; whoever only changes words does not wait for
 TOP = 5  # labels that are named for a pixel
 LONGEST_TEXT = 200_000  # characters of all labels together, before they are looked at
 NOTES = 3  # of which more would fill the page
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of damaged uploads there is a sentence
 BACKENDS = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
 

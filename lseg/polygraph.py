@@ -60,16 +60,19 @@ def print_ranks(args: argparse.Namespace) -> None:
             for value in values:
                 kind = value.type.tensor_type
                 shape = ", ".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
-                print(f"  {title} {value.name}: {np.dtype(_dtype(kind.elem_type)).name} [{shape}]")
+                print(f"  {title} {value.name}: {_dtype(kind.elem_type)} [{shape}]")
         ranks = matmul_ranks(model)
         shown = ", ".join(f"{count} of {a}-D x {b}-D" for (a, b), count in sorted(ranks.items())) or "none"
         print(f"  MatMuls: {shown}")
 
 
-def _dtype(kind: int) -> np.dtype:
+def _dtype(kind: int) -> str:
     import onnx
 
-    return onnx.helper.tensor_dtype_to_np_dtype(kind)
+    try:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).name
+    except (KeyError, TypeError, ValueError):  # none that NumPy has
+        return f"type {kind}"
 
 
 def check_photos(args: argparse.Namespace) -> None:

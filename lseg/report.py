@@ -39,9 +39,9 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
             report = json.loads(path.read_text())
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): give a JSON that testlseg.py wrote") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             report = None
-        if not isinstance(report, dict) or report.get("format") != FORMAT or not REQUIRED <= report.keys():
+        if not _is_report(report):
             raise UserError(f"{path} is no report of this version of testlseg.py: measure again")
         gpu = report["machine"]["gpu"] or {}
         same = (report["weights"], report["settings"], report["photos"], report["labels"], report["reference"])
@@ -56,6 +56,20 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
         merged[key]["rows"] += report["rows"]
         merged[key]["matrix_rate"] |= report["matrix_rate"]
     return list(merged.values())
+
+
+def _is_report(report: object) -> bool:
+    """Whether a JSON value has all that a table is made of."""
+    if not isinstance(report, dict) or report.get("format") != FORMAT or not REQUIRED <= report.keys():
+        return False
+    try:
+        markdown(report)
+        (report["machine"]["gpu"] or {}).get("name")
+        for row in report["rows"]:
+            hash(tuple(_measured(row)))
+        return isinstance(report["matrix_rate"], dict) and isinstance(report["rows"], list)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        return False
 
 
 def _measured(row: dict) -> list[tuple]:

@@ -19,6 +19,7 @@ not matched by name: those nodes are run on random numbers, and the attention is
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -102,9 +103,8 @@ def matmul_ranks(model: onnx.ModelProto) -> Counter[tuple[int, int]]:
     Raises:
         UserError: shape inference does not tell an operand's rank.
     """
-    import onnx_ir as ir
 
-    inferred = ir.from_proto(model)
+    inferred = _from_proto(model)
     infer_shapes(inferred)
     nodes = [node for node in inferred.graph if node.op_type == "MatMul"]
     for node in nodes:
@@ -113,10 +113,20 @@ def matmul_ranks(model: onnx.ModelProto) -> Counter[tuple[int, int]]:
     return Counter(tuple(map(rank, node.inputs)) for node in nodes)
 
 
+def _from_proto(model: onnx.ModelProto) -> ir.Model:
+    import onnx_ir as ir
+
+    try:
+        return ir.from_proto(model)
+    except Exception as error:  # a damaged graph can fail in any way
+        raise UserError(f"the ONNX file's graph is damaged ({type(error).__name__}): export it anew") from error
+
+
 def infer_shapes(model: ir.Model) -> None:
     """Shapes of all values, as far as they follow from the inputs'; large weights are set aside meanwhile."""
     from onnx_ir.passes.common import ShapeInferencePass
 
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # what it could not tell is missed where it is needed
     ShapeInferencePass()(model)
 
 

@@ -38,7 +38,11 @@ def open_session(path: Path, remedy: str, providers: list | None = None) -> ort.
     options.log_severity_level = 3  # errors come as exceptions; the rest is not for the user
     options.intra_op_num_threads = int(os.environ.get("LSEG_THREADS", 0))  # 0: one a core; several processes share them
     try:
-        return ort.InferenceSession(path, options, providers=providers or default_providers())
+        providers = providers or default_providers()
+        # Where there is nothing to fall back to, it would print of it and try the same again.
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=len(providers) > 1)
+        _metadata(session), [value.name for value in (*session.get_inputs(), *session.get_outputs())]  # are they text?
+        return session
     except Exception as error:  # ONNX Runtime has a class of its own for each cause
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} is damaged, cut short or no ONNX file ({reason}): {remedy}") from error
@@ -56,6 +60,17 @@ def _metadata(session: ort.InferenceSession) -> dict[str, object]:
     return parse_metadata(session.get_modelmeta().custom_metadata_map)
 
 
+def _check_ends(
+    path: Path, session: ort.InferenceSession, inputs: dict[str, int], outputs: dict[str, int], remedy: str
+) -> None:
+    """UserError unless a graph takes and gives exactly these tensors, by name and rank, the image's of fixed size."""
+    for ends, wanted in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        found = {value.name: len(value.shape) for value in ends}
+        sizes = [value.shape[1:] for value in ends if value.name in ("image", "embeddings") and "image" in inputs]
+        if found != wanted or not all(isinstance(size, int) and size > 0 for size in sum(sizes, [])):
+            raise UserError(f"{path} is no file that lseg_export.py wrote, for its inputs and outputs differ: {remedy}")
+
+
 class TextSession:
     """A CLIP text encoder as ONNX: this project's, or a ready-made one (integer tokens in, vectors out)."""
 
@@ -65,7 +80,7 @@ class TextSession:
         self.session = open_session(path, remedy, providers)
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         types = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
-        if len(inputs) != 1 or len(shape := inputs[0].shape) == 1 or len(shape) == 3:
+        if not outputs or len(inputs) != 1 or len(shape := inputs[0].shape) == 1 or len(shape) == 3:
             raise UserError(f"{path} is no text encoder, which takes one input of tokens [N, 77]: {remedy}")
         if len(shape) > 3:
             raise UserError(f"{path} takes images, not tokens, so it is an image encoder: {remedy}")
@@ -125,6 +140,9 @@ class OnnxRuntimeRunner:
         try:
             self.image = self._open(folder / IMAGE_ONNX, "lseg", sha256)
             self.scoring = self._open(folder / SIMILARITY_ONNX, "similarity", sha256)
+            _check_ends(folder / IMAGE_ONNX, self.image, {"image": 4}, {"embeddings": 4}, self.remedy)
+            scores = {"labels": 3, "best": 3, "scores": 4}
+            _check_ends(folder / SIMILARITY_ONNX, self.scoring, {"embeddings": 4, "text": 2}, scores, self.remedy)
             self.image_size = self.image.get_inputs()[0].shape[2]
             dimension = self.image.get_outputs()[0].shape[1]
             self.text_encoder = None
@@ -180,7 +198,7 @@ class OnnxRuntimeRunner:
         binding = self.image.io_binding()
         binding.bind_cpu_input("image", images)
         binding.bind_output("embeddings", self.device)
-        self.image.run_with_iobinding(binding)
+        self._run(self.image, binding)
         binding.synchronize_outputs()
         return binding.get_outputs()[0]
 
@@ -194,8 +212,17 @@ class OnnxRuntimeRunner:
         binding.bind_cpu_input("text", np.ascontiguousarray(text))
         for name in outputs:
             binding.bind_output(name)
-        self.scoring.run_with_iobinding(binding)
+        self._run(self.scoring, binding)
         return [value.numpy() for value in binding.get_outputs()]
+
+    def _run(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has a class of its own for each cause
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"ONNX Runtime cannot run an exported file ({reason}): free memory, or {self.remedy}"
+            ) from None
 
     def close(self) -> None:
         self.image = self.scoring = self.text = None

@@ -65,9 +65,11 @@ def cut_head(encoder: onnx.ModelProto) -> onnx.ModelProto:
     model.CopyFrom(encoder)
     graph = model.graph
     maker = {output: node for node in graph.node for output in node.output}
-    divide = maker.get(graph.output[0].name)
+    divide = maker.get(graph.output[0].name) if len(graph.output) == len(graph.input) == 1 else None
     inputs = [maker.get(name) for name in divide.input] if divide is not None and divide.op_type == "Div" else []
-    if [node.op_type if node is not None else "" for node in inputs] != ["Resize", "ReduceL2"]:
+    names = [node.op_type if node is not None else "" for node in inputs]
+    ends = [*graph.input, *graph.output]
+    if names != ["Resize", "ReduceL2"] or not all(len(_dims(v)) == 4 and all(_sizes(v)[1:]) for v in ends):
         raise UserError("the ONNX file does not end as lseg_export.py's image encoder does: export it again")
     batch, dimension, side, _ = _dims(graph.output[0])
     z = inputs[0].input[0]
@@ -192,6 +194,11 @@ def _drop_unused(graph: onnx.GraphProto, outputs: list[str]) -> None:
 def _dims(value: onnx.ValueInfoProto) -> list[str | int]:
     """A tensor's shape; the name of an axis that is free."""
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def _sizes(value: onnx.ValueInfoProto) -> list[int]:
+    """A tensor's sizes; 0 where an axis is free or none that a tensor can have."""
+    return [max(0, d.dim_value) for d in value.type.tensor_type.shape.dim]
 
 
 def _double(build: _Graph, x: str) -> str:

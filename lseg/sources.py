@@ -15,9 +15,10 @@ from lseg.image import SUFFIXES, read_bytes
 
 PICTURE, LABEL_MAP, MEANING = "_lseg.png", "_labels.png", "_labels.json"  # what a photo's name is followed by
 SCORES, FEATURES = "_scores.npy", "_features.safetensors"
-
-
+RESULTS = (PICTURE, LABEL_MAP, MEANING, SCORES, FEATURES)
+BROKEN = (tarfile.TarError, ValueError, OverflowError)  # what tarfile raises of archives that are damaged
 LONGEST = 225  # bytes of a name, so that what follows it fits into a file system's 255
+LONGEST_FOLDER, DEEPEST = 1500, 64  # bytes and number of a name's folders, so that all fits into 4096
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _expand(text: str | Path, notes: list[str]) -> list[Photo]:
             return [_photo(file, file.stem) for file in files]
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name")
+        if path.suffix.lower() in (".txt", ".tar") and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is not a regular file; give a list or an archive")
         if path.suffix.lower() == ".txt":
             return _in_list(path)
         if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
@@ -153,7 +156,7 @@ def _in_archive(path: Path, notes: list[str]) -> list[Photo]:
                 read = lambda shown=shown, at=at, size=size: read_at(path, shown, at, size)  # noqa: E731
                 identity = f"{os.path.realpath(path)}:{at}"
                 photos.append(Photo(shown, plain_parts(member.name), read, identity, place=(path, at, size)))
-    except tarfile.TarError as error:
+    except BROKEN as error:
         raise UserError(f"{path} is no tar archive ({error}); pack it again") from None
     if not photos:
         raise UserError(f"{path} holds no image; pack {', '.join(SUFFIXES)} files")
@@ -165,7 +168,7 @@ def _members(archive: tarfile.TarFile, path: Path, notes: list[str]) -> Iterator
     while True:
         try:
             member = archive.next()
-        except tarfile.TarError as error:
+        except BROKEN as error:
             notes.append(f"{path} breaks off or is damaged ({error}): what stands before that is taken")
             return
         if member is None:
@@ -188,10 +191,10 @@ def read_at(path: Path, shown: str, offset: int, size: int) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read(size) if offset + size <= os.fstat(file.fileno()).st_size else b""
+            data = file.read(size) if size >= 0 and offset + size <= os.fstat(file.fileno()).st_size else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
-    if len(data) < size:
+    if not 0 <= size <= len(data):
         raise UserError(f"{shown} is cut short, with its archive; copy or pack that again")
     if not data:
         raise UserError(f"{shown} is empty; pack it again")
@@ -205,9 +208,16 @@ def is_image(name: str) -> bool:
 
 
 def plain_parts(name: str) -> PurePosixPath:
-    """A name from elsewhere, less its suffix and whatever would leave the output folder."""
+    """A name from elsewhere, less its suffix and whatever would leave the output folder, or not fit into it."""
     parts = [part for part in name.replace("\0", "").split("/") if part not in ("", ".", "..")] or ["photo"]
-    return PurePosixPath(*parts[:-1], PurePosixPath(parts[-1]).stem)
+    folders, room = [], LONGEST_FOLDER
+    for part in parts[:-1]:
+        part = os.fsencode(part)[:LONGEST].decode(errors="ignore") or "folder"
+        room -= len(part.encode()) + 1
+        if room > 0 and len(folders) < DEEPEST:  # a folder that is called as results are stands in their way
+            folders.append(f"{part}_" if part.endswith(RESULTS) or part in ("job.json", "parts") else part)
+    stem = PurePosixPath(parts[-1]).stem
+    return PurePosixPath(*folders, "photo" if stem in (".", "..") else stem)
 
 
 def is_ours(name: str) -> bool:
@@ -229,7 +239,7 @@ def output_names(photos: Sequence[Photo], folder: Path) -> list[Path]:
         stem = os.fsencode(photo.name.name)[:LONGEST].decode(errors="ignore") or "photo"
         for number in count(1):
             name = photo.name.with_name(stem if number == 1 else f"{stem}_{number}")
-            results = {str(folder / f"{name}{end}") for end in (PICTURE, LABEL_MAP, MEANING, SCORES, FEATURES)}
+            results = {str(folder / f"{name}{end}") for end in RESULTS}
             if not results & taken:
                 break
         taken |= results

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from lseg.cuda import Buffer, Device
-from lseg.engine import discard, engine_path, get_engine, provenance
+from lseg.engine import build_seconds, discard, engine_path, get_engine, provenance
 from lseg.errors import UserError
 from lseg.kernels import GROUPS, Kernels
 from lseg.loaded_engine import Engine, EngineRefused
@@ -156,7 +155,7 @@ class Stages:
     def build_seconds(self) -> float:
         """How long the engines in use took to build, whenever that was."""
         paths = [engine_path(self.folder, provenance(self.recipe.spec(name), self.device)) for name in self._engines]
-        return sum(json.loads(path.with_suffix(".json").read_text())["build_seconds"] for path in paths)
+        return sum(map(build_seconds, paths))
 
     def close(self) -> None:
         """Frees everything. The stream's work must be done."""

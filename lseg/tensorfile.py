@@ -1,9 +1,8 @@
 """Named tensors out of a file, without running any code that the file carries.
 
 Reads what torch.save writes (its zip archive, and the plain stream before PyTorch 1.6), TorchScript archives and
-safetensors. A pickle is a program: unpickled as usual, it calls whatever it names. Here every name that it utters
-becomes an inert stand-in, except those that describe a tensor, and only the tensors of its state dict are made. They
-are views of the file, mapped into memory: what nobody reads (an optimiser's state) costs nothing.
+safetensors. Pickles are read by `lseg.inert_pickle`, and only the tensors of a state dict are made. They are views of
+the file, mapped into memory: what nobody reads (an optimiser's state) costs nothing.
 
 Nothing at the top of this module imports torch.
 """
@@ -12,35 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import mmap
-import pickle
-import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lseg.errors import UserError
+from lseg.inert_pickle import DTYPES, Inert, TensorInfo, unpickle
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MOST_PICKLE = 1 << 26  # bytes of an archive's pickle, which holds names and no numbers
+MOST_MODULES, LONGEST_NAME = 100_000, 1000  # of a TorchScript archive
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in a file of torch.save's older format
-DTYPES = {
-    "BFloat16Storage": "bfloat16",
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "ShortStorage": "int16",
-}
 
 
 class TensorFile(NamedTuple):
@@ -78,7 +66,7 @@ def read(path: Path, remedy: str) -> TensorFile:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
     except Exception as error:  # a broken pickle can fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is cut short or damaged ({reason}): {remedy}") from error
     raise UserError(f"{path} is not a checkpoint (neither torch.save's format nor safetensors): {remedy}")
 
@@ -97,95 +85,8 @@ def sha256(path: Path) -> str:
 
 def listing(names: Iterable[str], limit: int) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
+    names = [name if len(name) <= 100 else f"{name[:99]}…" for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-class _Storage(NamedTuple):
-    """A pickle's mention of a run of `length` numbers stored elsewhere in the file."""
-
-    dtype: str
-    key: str
-    length: int
-
-
-class _TensorInfo(NamedTuple):
-    """A pickle's description of a tensor: offset and strides count elements of the storage."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Inert:
-    """Takes the place of whatever a pickle names: may be made, called and filled, and does nothing but keep its state.
-
-    Each of the pickle machine's ways to touch an object is answered here; without the answer it would look further.
-    """
-
-    state: Any = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
-        return _Inert()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    extend = add = append
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickles builtin containers, strings and numbers, and tensors as _TensorInfo; the rest is inert."""
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file, encoding="latin1")
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: _TensorInfo(storage, offset, shape, strides)
-        if (module, name) in (
-            ("torch._utils", "_rebuild_parameter"),
-            ("torch._utils", "_rebuild_parameter_with_state"),
-        ):
-            return lambda data, *_: data
-        if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
-            return DTYPES[name]
-        return type(
-            "Unknown", (_Inert,), {}
-        )  # a new one each time: nothing that a pickle does to it outlives the pickle
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        kind, *values = saved_id
-        if kind == "module":  # the older format's mention of a class with its source
-            return values[0]
-        if kind != "storage" or (len(values) > 4 and values[4] is not None):
-            raise pickle.UnpicklingError(f"unknown reference {kind}")
-        dtype, key, _device, length = values[:4]
-        return self.storages.setdefault(key, _Storage(dtype, key, length))
-
-
-def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """Reads one pickle from where the file stands; returns its object and the storages that it mentions."""
-    start = file.tell()
-    for opcode, _, _ in pickletools.genops(file):
-        if opcode.name.startswith("EXT"):  # these look a callable up by number, past find_class
-            raise pickle.UnpicklingError("the pickle uses an extension code")
-    file.seek(start)
-    unpickler = _Unpickler(file)
-    return unpickler.load(), unpickler.storages
 
 
 def _read_archive(path: Path, remedy: str) -> dict[str, Tensor]:
@@ -202,9 +103,12 @@ def _read_archive(path: Path, remedy: str) -> dict[str, Tensor]:
                 f"{path} is a zip archive that torch.save did not write (it holds {listing(records, 3)}): "
                 "unpack it, if the checkpoint is inside, and give that file"
             )
+        for name in (f"{root}byteorder", f"{root}data.pkl"):
+            if name in records and records[name].file_size > MOST_PICKLE:  # a compressed one would swell in memory
+                raise ValueError("its pickle is too large")
         if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        tree, _ = _unpickle(io.BytesIO(archive.read(f"{root}data.pkl")))
+        tree, _ = unpickle(io.BytesIO(archive.read(f"{root}data.pkl")))
         if f"{root}constants.pkl" in records:
             infos = dict(_script_tensors(tree))
         else:
@@ -223,16 +127,18 @@ def _read_archive(path: Path, remedy: str) -> dict[str, Tensor]:
 def _read_stream(path: Path, remedy: str) -> dict[str, Tensor]:
     """Reads torch.save's older format: pickles one after the other, then each storage with its length before it."""
     with open(path, "rb") as file:
-        if _unpickle(file)[0] != STREAM_MAGIC:
+        if unpickle(file)[0] != STREAM_MAGIC:
             raise UserError(f"{path} is a pickle that torch.save did not write, without tensors to read: {remedy}")
-        _version = _unpickle(file)
-        system = _unpickle(file)[0]
+        _version = unpickle(file)
+        system = unpickle(file)[0]
         if not system["little_endian"]:
             raise ValueError("its numbers are big-endian")
-        tree, storages = _unpickle(file)
+        tree, storages = unpickle(file)
         infos = _state_dict(tree, path, remedy)
         spans = {}
-        for key in _unpickle(file)[0]:
+        for key in unpickle(file)[0]:
+            if not isinstance(key, str):
+                raise ValueError("a storage's name is none")
             (count,) = struct.unpack("<q", file.read(8))
             length = count * _dtype(storages[key].dtype).itemsize
             spans[key] = (file.tell(), length)
@@ -247,28 +153,32 @@ def _read_safetensors(path: Path) -> TensorFile:
         return TensorFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})
 
 
-def _state_dict(tree: Any, path: Path, remedy: str) -> dict[str, _TensorInfo]:
+def _state_dict(tree: Any, path: Path, remedy: str) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint's state dict, or of one that stands alone."""
     if isinstance(tree, dict) and "state_dict" in tree:
         tree = tree["state_dict"]
     entries = tree.items() if isinstance(tree, dict) else ()
-    infos = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, _TensorInfo)}
+    infos = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, TensorInfo)}
     if not infos:
         raise UserError(f"{path} holds no state_dict with tensors: {remedy}")
     return infos
 
 
-def _script_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, _TensorInfo]]:
+def _script_tensors(tree: Any) -> Iterator[tuple[str, TensorInfo]]:
     """The tensors of a TorchScript archive, named as in its module's state dict. Its code is never looked at."""
-    state = module.state if isinstance(module, _Inert) else None
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if isinstance(value, _TensorInfo):
-            yield prefix + name, value
-        else:
-            yield from _script_tensors(value, f"{prefix}{name}.")
+    modules = [("", tree)]
+    for prefix, module in modules:
+        state = module.state if isinstance(module, Inert) else None
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, TensorInfo):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, Inert) and isinstance(name, str):
+                modules.append((f"{prefix}{name}.", value))
+        if len(modules) > MOST_MODULES or len(prefix) > LONGEST_NAME:  # some hold each other
+            raise ValueError("its modules have no end")
 
 
-def _tensors(path: Path, infos: dict[str, _TensorInfo], spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _tensors(path: Path, infos: dict[str, TensorInfo], spans: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Makes tensors that view the file: spans gives each storage's first byte in it and its length in bytes."""
     import torch
 
@@ -288,6 +198,9 @@ def _tensors(path: Path, infos: dict[str, _TensorInfo], spans: dict[str, tuple[i
             storages[key] = torch.frombuffer(bytearray(content[start : start + size]), dtype=dtype)
         else:
             storages[key] = torch.frombuffer(content, dtype=dtype, count=count, offset=start)
+    for info in infos.values():
+        if math.prod(info.shape) > info.storage.length:  # steps of 0 make any size of one number
+            raise ValueError("a tensor is larger than its numbers")
     return {
         name: torch.as_strided(storages[info.storage.key], info.shape, info.strides, info.offset)
         for name, info in infos.items()

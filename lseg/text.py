@@ -36,7 +36,12 @@ class TextConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown size(s) in the text encoder's config: {', '.join(unknown)}")
-        return cls(**values)
+        config = cls(**values)
+        for name, value in config.to_dict().items():
+            most = {"layers": 256, "vocabulary": 1 << 24, "context": 1 << 12}.get(name, 1 << 16)  # far beyond any model
+            if not (isinstance(value, int) and 0 < value <= most or (name == "token_width" and value is None)):
+                raise ValueError(f"{name} is {value}, and may be 1 to {most}")
+        return config
 
 
 class QuickGELU(nn.Module):

@@ -13,6 +13,9 @@ import numpy as np
 from lseg.onnx_file import FORMAT
 
 FILE = "text_embeddings.sqlite"
+# A view in its place might never end, or be of any size.
+TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'embeddings' AND type = 'table' AND sql LIKE 'CREATE TABLE %'"
+STEPS = 10**8  # of SQLite's machine, beyond which it is stopped: a text takes some tens
 WAIT = 5  # seconds for another process that is writing
 
 
@@ -48,9 +51,15 @@ class TextCache:
         about = f"{FORMAT} {self.encoder} {variant} ".encode()
         keys = [hashlib.sha256(about + row.tobytes()).digest() for row in tokens]
         kept = self._read(keys)
+        if len({vector.shape for vector in kept.values()}) > 1:  # no encoder gives vectors of two lengths
+            kept = {}
         missing = [index for index, key in enumerate(keys) if key not in kept]
         if missing:
-            fresh = dict(zip([keys[index] for index in missing], make(missing), strict=True))
+            made = make(missing)
+            if any(vector.shape != made.shape[1:] for vector in kept.values()):
+                missing, kept = list(range(len(keys))), {}
+                made = make(missing)
+            fresh = dict(zip([keys[index] for index in missing], made, strict=True))
             kept |= fresh
             self._write(fresh)
         self.found = len(keys) - len(missing)
@@ -60,23 +69,34 @@ class TextCache:
         if not self.path.is_file():
             return {}
         try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=WAIT)) as file:
+            with contextlib.closing(self._connect()) as file:
+                if not file.execute(TABLE).fetchone():
+                    return {}
                 rows = [
                     (key, *row)
                     for key in keys
                     for row in file.execute("SELECT vector FROM embeddings WHERE key = ?", (key,))
                 ]
-        except sqlite3.OperationalError:  # locked, unreadable, or no such table
+        except sqlite3.OperationalError:  # locked, unreadable, or broken off
             return {}
         except sqlite3.DatabaseError:  # no SQLite file any more
             with contextlib.suppress(OSError):
                 self.path.unlink()
             return {}
-        vectors = {key: np.frombuffer(blob, np.float32) for key, blob in rows if len(blob) % 4 == 0}
-        return {key: vector for key, vector in vectors.items() if abs(np.linalg.norm(vector) - 1) < 1e-3}
+        blobs = {key: blob for key, blob in rows if isinstance(blob, bytes) and len(blob) % 4 == 0}
+        vectors = {key: np.frombuffer(blob, np.float32) for key, blob in blobs.items()}
+        with np.errstate(over="ignore", invalid="ignore"):
+            return {key: vector for key, vector in vectors.items() if abs(np.linalg.norm(vector) - 1) < 1e-3}
+
+    def _connect(self) -> sqlite3.Connection:
+        """The file. Work without end, such as a trigger of someone else's, is broken off."""
+        file = sqlite3.connect(self.path, timeout=WAIT)
+        steps = iter(range(STEPS // 1000))
+        file.set_progress_handler(lambda: next(steps, None) is None, 1000)
+        return file
 
     def _write(self, vectors: dict[bytes, np.ndarray]) -> None:
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path, timeout=WAIT)) as file:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._connect()) as file:
             with file:  # one transaction
                 file.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
                 rows = ((key, vector.astype(np.float32).tobytes()) for key, vector in vectors.items())

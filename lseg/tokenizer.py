@@ -19,6 +19,7 @@ import tokenizers
 from lseg.errors import UserError
 
 CONTEXT = 77  # tokens in a row, start and end included
+LONGEST = 10_000  # characters, far beyond 77 tokens: finding out how many they are would take its time
 START = 49406
 END = 49407
 MERGES_FILE = Path(__file__).with_name("clip_bpe.txt.gz")
@@ -65,6 +66,11 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = np.zeros((len(texts), CONTEXT), np.int32)
         for row, text in zip(rows, texts, strict=True):
+            if len(text) > LONGEST:
+                raise UserError(
+                    f'the label "{text[:39].rstrip()}…" has {len(text)} characters, and CLIP reads at most {CONTEXT} '
+                    "tokens: shorten it"
+                )
             ids = self._bpe.encode(_clean(text)).ids
             if len(ids) + 2 > CONTEXT:
                 shown = text if len(text) <= 40 else text[:39].rstrip() + "…"

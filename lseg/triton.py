@@ -40,6 +40,9 @@ def batched_text_graph(encoder: onnx.ModelProto) -> onnx.ModelProto:
     from onnx import TensorProto, helper, numpy_helper
 
     graph = encoder.graph
+    ends = [*graph.input, *graph.output]
+    if len(graph.input) != 1 or len(graph.output) != 1 or any(len(e.type.tensor_type.shape.dim) != 2 for e in ends):
+        raise UserError(f"{TEXT_ONNX} is no text encoder, tokens [N, 77] to vectors [N, D]: export it again")
     inner, outer = graph.input[0].name, graph.output[0].name
     dimension = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     kind = graph.input[0].type.tensor_type.elem_type

@@ -20,6 +20,7 @@ from lseg.errors import UserError
 from lseg.files import writable_folder
 from lseg.image import SUFFIXES
 
+LISTS = (b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD", b"v=0")  # how playlists of FFmpeg's kinds begin
 ROOM = 4  # frames that wait between two threads
 DEVICE = re.compile(r"(?:/dev/video)?([0-9]{1,9})")
 TIMEOUT = 10_000  # milliseconds for a URL to open, or to give its next frame
@@ -249,10 +250,13 @@ def _check_file(file: Path) -> None:
     try:
         if file.is_dir() or (file.exists() and not file.is_file()):  # a pipe would be waited for
             raise UserError(f"{file} is {'a folder' if file.is_dir() else 'no regular file'}; give a video file")
-        open(file, "rb").close()
+        with open(file, "rb") as opened:
+            head = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist; check the name") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); check its name and permissions") from None
+    if head.startswith(LISTS):  # FFmpeg would open whatever they name
+        raise UserError(f"{file} is a list of other files; give the video itself")
     if file.suffix.lower() in SUFFIXES:  # FFmpeg would take it for a video of one frame
         raise UserError(f"{file} is a photo; give a video file")
