@@ -89,7 +89,7 @@ def _held(folder: Path) -> tuple[Path, int]:
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        if (path / HELD).exists():
+        if _is_file(handle, path / HELD):
             return path, handle
         os.close(handle)
 
@@ -106,10 +106,18 @@ def _remove_if_left(path: Path) -> None:
     with suppress(OSError):
         handle = _open_lock(path)
         try:
-            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_file(handle, path / HELD):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(handle)
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    """Whether a path still leads to an open file: others may have removed it, and made one of its name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock(path: Path) -> int:
