@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lseg import tensorfile
 from lseg.errors import UserError
+from lseg.files import unfinished
 from lseg.model import LSegConfig, LSegImageEncoder
 from lseg.text import CLIPTextEncoder, TextConfig
 from lseg.weights import DEMO_WEIGHTS, OFFICIAL_ID, OFFICIAL_URL, REMEDY, resolve
@@ -233,15 +233,13 @@ def save_safetensors(
         stored[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if not stored[name].isfinite().all():
             raise ValueError(f"{name} has numbers that float16 cannot hold")
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
-        try:
-            save_file(stored, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with unfinished(path.parent) as folder:
+            save_file(stored, folder / path.name, metadata)
+            os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}): choose another folder or free some space") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written ({reason}): choose another folder or free some space") from error
 
 
 def download(destination: str | Path) -> Path:
@@ -256,10 +254,8 @@ def download(destination: str | Path) -> Path:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own, since gdown keeps files of its own beside the one it writes.
-        with tempfile.TemporaryDirectory(
-            dir=destination.parent, prefix=f"{destination.name}.", suffix=".part"
-        ) as folder:
-            partial = Path(folder, destination.name)
+        with unfinished(destination.parent) as folder:
+            partial = folder / destination.name
             try:
                 _fetch_official(partial)
                 weights = _load(partial, "Google Drive sent something else")

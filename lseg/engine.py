@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lseg.errors import UserError
-from lseg.files import locked, write_files
+from lseg.files import locked, unfinished, write_files
 from lseg.tensorfile import sha256
 
 if TYPE_CHECKING:
@@ -154,13 +154,13 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
     builder = trt.Builder(logger)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        workspace = tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another with --engines") from error
-    with workspace as name:
-        path = write_onnx(model, Path(name) / f"{spec.name}.onnx", {})
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            workspace = stack.enter_context(unfinished(folder))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}): choose another with --engines") from error
+        path = write_onnx(model, workspace / f"{spec.name}.onnx", {})
         if not parser.parse_from_file(str(path)):
             error = parser.get_error(0)
             nodes = model.graph.node

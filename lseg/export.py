@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import math
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lseg import __version__
 from lseg.errors import UserError
+from lseg.files import unfinished
 from lseg.onnx_file import data_files, write_onnx
 
 OPSET = 17
@@ -71,7 +71,7 @@ def export_onnx(spec: ExportSpec, path: Path, opset: int = OPSET) -> dict[str, f
     import onnxslim
 
     with working_folder(path) as folder, disk_errors(path):
-        raw = Path(folder) / "raw.onnx"
+        raw = folder / "raw.onnx"
         with quiet_exporter(), torch.no_grad():
             torch.onnx.export(
                 spec.module,
@@ -86,7 +86,7 @@ def export_onnx(spec: ExportSpec, path: Path, opset: int = OPSET) -> dict[str, f
         model = onnx.load(raw)
         with quiet_exporter():
             model = onnxslim.slim(model)  # folds the shape arithmetic that dynamic axes leave behind
-        trial = write_onnx(model, Path(folder) / "trial.onnx", {})
+        trial = write_onnx(model, folder / "trial.onnx", {})
         differences = compare(spec, trial)
         for name, difference in differences.items():
             bound = spec.bounds.get(name, TOLERANCE)
@@ -112,15 +112,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def working_folder(path: Path) -> Iterator[str]:
+def working_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, gone afterwards; UserError where none can be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.stem}-export-", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}): choose another folder") from error
-    with folder as name:
-        yield name
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(unfinished(path.parent))
+        except OSError as error:
+            raise UserError(f"{path.parent} cannot be written ({error.strerror}): choose another folder") from error
+        yield folder
 
 
 def compare(spec: ExportSpec, path: Path) -> dict[str, float]:

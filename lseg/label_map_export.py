@@ -54,7 +54,7 @@ def export_label_map(weights: Weights, image_onnx: Path, precision: str, matmul:
         embeddings = load_image_encoder(weights)(torch.from_numpy(normalise(pixels)))
         _, best, _ = Similarity()(embeddings, torch.from_numpy(text))
     with working_folder(path) as folder:
-        trial = write_onnx(model, Path(folder) / "trial.onnx", {})
+        trial = write_onnx(model, folder / "trial.onnx", {})
         session = onnxruntime.InferenceSession(trial, providers=["CPUExecutionProvider"])
         off = difference(session.run(["best"], {"pixels": pixels, "text": text})[0], best.numpy())
         if not off <= BOUNDS[precision]:

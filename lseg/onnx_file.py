@@ -6,12 +6,11 @@ import glob
 import json
 import os
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lseg.errors import UserError, short
-from lseg.files import locked_folder
+from lseg.files import locked_folder, unfinished
 from lseg.tensorfile import sha256
 from lseg.weights import resolve
 
@@ -42,10 +41,10 @@ def write_onnx(model: onnx.ModelProto, path: Path, metadata: dict[str, object], 
     data, orphan = "", None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            part = Path(folder) / path.name
+        with unfinished(path.parent) as folder:
+            part = folder / path.name
             if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > limit:
-                data = f"{Path(folder).name[1:]}.data"
+                data = f"{path.name}.{os.urandom(6).hex()}.data"
                 onnx.save(model, part, save_as_external_data=True, location=data, size_threshold=1024)
             else:
                 onnx.save(model, part)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lseg.draw import overlay
 from lseg.errors import UserError
-from lseg.files import writable_folder
+from lseg.files import unfinished, writable_folder
 from lseg.image import SUFFIXES
 
 LISTS = (b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD", b"v=0")  # how playlists of FFmpeg's kinds begin
@@ -153,17 +153,19 @@ def segment_video(
             results.end()
             _finish(writer, temporary, output, summary.frames)
 
-    writer, temporary = _open_writer(video, output)
-    with ThreadPoolExecutor(2) as pool:  # Python waits for both even at its exit, after a second Ctrl-C
-        jobs = [pool.submit(write), pool.submit(decode)]
-        try:
-            while (limit is None or taken < limit) and (frame := frames.get()) is not None:
-                if not results.put((frame, segment(frame))):
-                    break
-                taken += 1
-        finally:
-            frames.end()
-            results.end()
+    _check_output(video, output)
+    with unfinished(Path(os.path.abspath(output)).parent) as folder:
+        writer, temporary = _open_writer(video, output, folder)
+        with ThreadPoolExecutor(2) as pool:  # Python waits for both even at its exit, after a second Ctrl-C
+            jobs = [pool.submit(write), pool.submit(decode)]
+            try:
+                while (limit is None or taken < limit) and (frame := frames.get()) is not None:
+                    if not results.put((frame, segment(frame))):
+                        break
+                    taken += 1
+            finally:
+                frames.end()
+                results.end()
     _ = [job.result() for job in jobs]  # raises what they raised
     summary.dropped, summary.seconds = frames.dropped, time.perf_counter() - start
     summary.fps = summary.frames / summary.seconds
@@ -207,8 +209,8 @@ class _Queue:
             self.change.notify_all()
 
 
-def _open_writer(video: Video, output: Path) -> tuple[cv2.VideoWriter, Path]:
-    """Opens a file for the video's overlays under a temporary name, beside where it will stand."""
+def _check_output(video: Video, output: Path) -> None:
+    """Makes the output's folder; UserError where the video cannot be written there."""
     if output.suffix.lower() != ".mp4":
         raise UserError(f"{output}: videos are written as MP4; give a name that ends in .mp4")
     _check_text(str(output))
@@ -218,12 +220,15 @@ def _open_writer(video: Video, output: Path) -> tuple[cv2.VideoWriter, Path]:
     if not 2 <= min(video.size) <= max(video.size) <= 8191:
         raise UserError(f"{video.shown} has a side that MPEG-4 does not take; scale it to 2 to 8191 pixels a side")
     writable_folder(output.parent)
-    temporary = Path(os.path.abspath(output)).with_name(f".{os.urandom(6).hex()}.mp4")
+
+
+def _open_writer(video: Video, output: Path, folder: Path) -> tuple[cv2.VideoWriter, Path]:
+    """Opens a file in a temporary folder for the video's overlays."""
+    temporary = folder / "video.mp4"
     for fps in (video.fps, round(video.fps, 2), max(round(video.fps), 1)):  # MPEG-4 does not take every fraction
         writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, video.size)
         if writer.isOpened():
             return writer, temporary
-    temporary.unlink(missing_ok=True)
     raise UserError(f"{output} cannot be written: this OpenCV writes no MPEG-4; install opencv-python-headless")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # children that are killed and their parents share few cores
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from kills.rounds import Report, Settings  # noqa: E402
@@ -29,7 +31,14 @@ from kills.rounds import Report, Settings  # noqa: E402
 from lseg.benchmark import machine  # noqa: E402
 from lseg.files import write_files  # noqa: E402
 
-TARGETS = {"engine-gpu": "engine_gpu"}
+TARGETS = {  # and the modules that kill them
+    "export": "export",
+    "engine": "engine",
+    "folder": "folder",
+    "download": "download",
+    "ray": "bulk",
+    "engine-gpu": "engine_gpu",
+}
 NEEDS_GPU = ("engine-gpu",)
 FEW = 20  # kills of a target whose rounds take a minute
 

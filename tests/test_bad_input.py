@@ -194,6 +194,9 @@ class TestInterrupt:
     )
     def test_in_the_middle_of_an_export(self, tmp_path, stage):
         command = [str(ROOT / "enginerun.py"), "--onnx", "onnx", "--output", "out"]
-        result = self.interrupt(command, lambda: list((tmp_path / "onnx").glob(f".lseg-export-*{stage}")), tmp_path)
+        finished = tmp_path / "onnx" / "clip_textual.onnx"
+        result = self.interrupt(
+            command, lambda: finished.exists() and list(finished.parent.glob(f".unfinished-*{stage}")), tmp_path
+        )
         assert (result.returncode, result.stderr) == (130, "\nerror: interrupted; what was finished before stays\n")
         assert names(tmp_path) == ["onnx"] and names(tmp_path / "onnx") == ["clip_textual.onnx"]  # which was finished

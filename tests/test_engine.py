@@ -74,7 +74,7 @@ def test_every_engine_builds(trt, exported, tmp_path, precision, matmul, engines
         assert sidecar["precision"] == ("fp32" if name == "text" and precision != "tf32" else precision)
         assert (sidecar["gpu"], sidecar["compute_capability"]) == ("a GPU", "8.9")
         assert sidecar["profiles"] and sidecar["build_seconds"] >= 0
-    assert not list(tmp_path.glob(".build-*")) and not list(tmp_path.glob("*.onnx"))
+    assert not list(tmp_path.glob(".unfinished-*")) and not list(tmp_path.glob("*.onnx"))
 
 
 @pytest.fixture(scope="module")
