@@ -137,8 +137,14 @@ def merge_passes(
         score: texts [n, D] to (labels int32 [B, S, S], best float32 [B, S, S]) among those n.
 
     Returns:
-        labels and best over all N; of equal scores the first label wins, as in a single pass.
+        labels and best over all N; of equal texts, and of equal scores, the first wins, as in a single pass.
     """
+    # A product's columns are not all rounded alike, so equal texts could win by turns: each is scored once.
+    firsts = list({row.tobytes(): index for index, row in reversed(list(enumerate(text)))}.values())[::-1]
+    if len(firsts) < len(text):
+        firsts = np.sort(np.array(firsts, np.int32))
+        labels, best = merge_passes(text[firsts], batch, score)
+        return firsts[labels], best
     step = max(1, LABELS_A_PASS // batch)
     labels, best = score(text[:step])
     for start in range(step, len(text), step):
