@@ -58,16 +58,19 @@ def segment(client: Any, photo: np.ndarray, text: np.ndarray, size: int = 480) -
     return labels_to_photo(found[0][0], width, height), labels_to_photo(found[1][0], width, height)
 
 
-def main() -> None:
-    from lseg.draw import shares
-    from lseg.image import read_image
-    from lseg.labels import parse_labels
-
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", nargs="?", default=str(ROOT / "image" / "temple.jpg"))
     parser.add_argument("--labels", default="sky, building, tree, other")
     parser.add_argument("--url", default="localhost:8001", help="of the server's gRPC port")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    from lseg.draw import shares
+    from lseg.image import read_image
+    from lseg.labels import parse_labels
+
     try:
         import tritonclient.grpc as grpc
     except ImportError:
@@ -79,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(parse_args()))
