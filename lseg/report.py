@@ -64,7 +64,7 @@ def _is_report(report: object) -> bool:
         return False
     try:
         markdown(report)
-        (report["machine"]["gpu"] or {}).get("name")
+        hash((report["machine"]["cpu"], (report["machine"]["gpu"] or {}).get("name")))
         for row in report["rows"]:
             hash(tuple(_measured(row)))
         return isinstance(report["matrix_rate"], dict) and isinstance(report["rows"], list)

@@ -211,7 +211,15 @@ def test_deep_and_other_json(tmp_path):
         (tmp_path / "e.json").write_text(text)
         assert mismatch(tmp_path / "e.engine", {"name": "image"}) and build_seconds(tmp_path / "e.engine") == 0
     good = json.loads((Path(__file__).parent.parent / "log" / "report_cpu_demo.json").read_text())
-    for change in ({"rows": [{}]}, {"rows": 1}, {"machine": []}, {"matrix_rate": None}, {"rows": [{"variant": []}]}):
+    of_lists = {"machine": good["machine"] | {"cpu": []}}
+    for change in (
+        of_lists,
+        {"rows": [{}]},
+        {"rows": 1},
+        {"machine": []},
+        {"matrix_rate": None},
+        {"rows": [{"variant": []}]},
+    ):
         (tmp_path / "r.json").write_text(json.dumps(good | change))
         with pytest.raises(UserError, match="r.json is no report of this version"):
             report.load_reports([tmp_path / "r.json"])
