@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import base64
-import io
-import logging
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from lseg.draw import overlay, panel, shares
 from lseg.errors import UserError
-from lseg.image import decode_image, labels_to_photo, to_pixels, write_image
+from lseg.image import labels_to_photo, to_pixels, write_image
 from lseg.inference import MODES, label_photo
 from lseg.kept_photos import Answer, How, KeptPhoto, KeptPhotos
 from lseg.kept_scores import heat_map, label_grid, scores_at, shares_in_photo
 from lseg.labels import as_hex, palette, parse_labels, save_label_map
+from lseg.page_upload import Upload, decode_upload
 from lseg.results import describe
 from lseg.runner import STAGES, Timings, available_backends
 from lseg.segmenter import Segmenter
@@ -34,7 +31,6 @@ RUNS_AT_ONCE = 2  # of the network; whoever only changes words does not wait for
 TOP = 5  # labels that are named for a pixel
 LONGEST_TEXT = 200_000  # characters of all labels together, before they are looked at
 NOTES = 3  # of which more would fill the page
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # of damaged uploads there is a sentence
 BACKENDS = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
 
@@ -44,13 +40,6 @@ class Limits(NamedTuple):
     megapixels: float = 50
     labels: int = 256
     kept_bytes: int = 2**30
-
-
-class Upload(NamedTuple):
-    """A file that a visitor sent, in memory."""
-
-    name: str
-    data: bytes
 
 
 class Desk:
@@ -228,33 +217,8 @@ class Desk:
             self.kept.drop(key)
 
     def _load(self, upload: Upload, timings: Timings) -> KeptPhoto:
-        name = Path(upload.name).name or "photo"
-        self._check_size(name, upload.data)
-        photo = timings.measure("decode", lambda: decode_image(upload.data, name))
-        self._refuse_large(name, photo.shape[1], photo.shape[0])
-        return KeptPhoto(Path(name).stem[:80] or "photo", photo, _for_a_screen(photo))
-
-    def _check_size(self, name: str, data: bytes) -> None:
-        """Refuses by the header, before gigabytes are decoded."""
-        if not data:
-            raise UserError(f"{name} is empty; copy or download it again")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data)) as image:
-                    width, height = image.size
-        except Image.DecompressionBombError:
-            raise UserError(f"{name} is too large: scale it down to {self.limits.megapixels:g} megapixels") from None
-        except Exception:  # decoding has better words for what this is
-            return
-        self._refuse_large(name, width, height)
-
-    def _refuse_large(self, name: str, width: int, height: int) -> None:
-        if width * height > self.limits.megapixels * 1e6:
-            raise UserError(
-                f"{name} has {width * height / 1e6:.0f} megapixels ({width} x {height}): scale it down to "
-                f"{self.limits.megapixels:g}"
-            )
+        name, photo = decode_upload(upload, self.limits.megapixels, timings)
+        return KeptPhoto(name, photo, _for_a_screen(photo))
 
     def _answer(
         self,

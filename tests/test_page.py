@@ -17,7 +17,7 @@ from PIL import Image
 from test_enginerun import LABELS, save
 
 import enginerun
-from lseg import Segmenter, page_work
+from lseg import Segmenter, page_upload, page_work
 from lseg.errors import UserError
 from lseg.image import labels_to_photo, read_image, to_pixels
 from lseg.kept_photos import How, KeptPhoto, KeptPhotos
@@ -287,7 +287,7 @@ class TestPhotos:
         """Refused by the header: 200 megapixels are never decoded."""
         file = io.BytesIO()
         Image.new("1", size).save(file, "PNG", compress_level=1)
-        monkeypatch.setattr(page_work, "decode_image", None)
+        monkeypatch.setattr(page_upload, "decode_image", None)
         with pytest.raises(UserError, match="scale it down to 50"):
             desk.open_photo(Upload("huge.png", file.getvalue()), LABELS, how)
 

@@ -15,7 +15,7 @@ from lseg.errors import run
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CODE = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty")
-CHANGES = ("os.rename", "os.mkdir", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
+CHANGES = ("os.rename", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 MINE = ("lseg.", "pathlib", "numpy", "collections")  # what this project's own pickles, from one stage to the next, name
 ALLOWED_STARTS = ("error: ", "note: ")
 
@@ -45,6 +45,8 @@ class Watch:
             self.seen.append(("code", f"connects to {args[1]!r}"[:200]))
         elif event == "open" and isinstance(args[2], int) and args[2] & WRITES:
             self._writes(args[0])
+        elif event in ("os.remove", "os.rmdir"):  # shutil.rmtree names what it removes below an open folder
+            self._writes(args[0] if args[1] < 0 else os.path.join(f"/proc/self/fd/{args[1]}", os.fsdecode(args[0])))
         elif event in CHANGES:
             self._writes(args[0])
             if event in ("os.rename", "os.link"):
