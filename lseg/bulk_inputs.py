@@ -173,7 +173,7 @@ def _in_parquet(path: str, columns: Columns) -> list[tuple[Photo, Row]]:
     stem, full = PurePosixPath(path).stem, path if URI.match(path) else os.path.abspath(path)
     for group in range(file.num_row_groups):
         if columns.name:
-            names = [str(name) for name in _column(path, file, group, columns.name).to_pylist()]
+            names = [str(name) for name in values(_column(path, file, group, columns.name), path, columns.name)]
         else:
             names = [f"{stem}-{count + index:08d}" for index in range(file.metadata.row_group(group).num_rows)]
         for index, name in enumerate(names):
@@ -198,8 +198,8 @@ def read_row(row: Row, columns: Columns) -> bytes:
         group = _group(row.path, row.group, columns.image)
         if row.offset >= len(group):
             raise UserError(f"{row.path} is damaged, for it lacks rows that it counts; write it again")
-        value = group[row.offset].as_py()
-        value = value["bytes"] if isinstance(value, dict) else value
+        scalar = group[row.offset]
+        value = (scalar["bytes"] if hasattr(scalar, "keys") else scalar).as_py()  # of a struct nothing else
         if not value:
             raise UserError(f"{row.shown} is empty; write it again")
         return value
@@ -236,6 +236,16 @@ def _column(path: str, file: pyarrow.parquet.ParquetFile, group: int, column: st
         return file.read_row_group(group, [column])[column]
     except (OSError, pa.ArrowException, LookupError) as error:
         raise UserError(f"{path} is damaged in its column '{column}' ({one_line(error)}); write it again") from None
+
+
+def values(column: pa.ChunkedArray, path: str, name: str) -> list:
+    """A column's values; UserError where one is none that Python has, such as a text that is no UTF-8."""
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise UserError(f"{path} is damaged in its column '{name}' ({one_line(error)}); write it again") from None
 
 
 def _open_parquet(path: str) -> pyarrow.parquet.ParquetFile:

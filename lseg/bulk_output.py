@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lseg.bulk_inputs import BUCKETS, URI, Row, one_line, open_store
+from lseg.bulk_inputs import BUCKETS, URI, Row, one_line, open_store, values
 from lseg.errors import UserError
 from lseg.files import writable_folder, write_files
 
@@ -105,7 +105,10 @@ class Output:
                 raise UserError(
                     f"{path} is damaged ({one_line(error)}): delete it, and its images are done again"
                 ) from None
-            for name, source in zip(table["name"].to_pylist(), table["source"].to_pylist(), strict=True):
+            columns = [values(table[column], path, column) for column in ("name", "source")]
+            for name, source in zip(*columns, strict=True):
+                if not isinstance(name, str):
+                    raise UserError(f"{path} is damaged (a name is none): delete it, and its images are done again")
                 if name in found:
                     raise UserError(f"{name} stands in {path} and in another part as well: delete one and run again")
                 found[name] = source

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, BinaryIO, NamedTuple
 
+MOST_STEPS = 2_000_000  # some seconds' work; a tensor takes about thirty
 MOST_IN_KEY = 100  # values in a dictionary's key
 DTYPES = {
     "BFloat16Storage": "bfloat16",
@@ -158,7 +159,9 @@ def _check_keys(keys: Iterable[Any]) -> None:
 def unpickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """Reads one pickle from where the file stands; returns its object and the storages that it mentions."""
     start = file.tell()
-    for opcode, _, _ in pickletools.genops(file):
+    for count, (opcode, _, _) in enumerate(pickletools.genops(file)):
+        if count > MOST_STEPS:
+            raise pickle.UnpicklingError("the pickle has too many steps")
         if opcode.name.startswith("EXT"):  # these look a callable up by number, past find_class
             raise pickle.UnpicklingError("the pickle uses an extension code")
     file.seek(start)

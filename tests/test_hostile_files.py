@@ -95,8 +95,14 @@ class TestPickles:
             read(tmp_path / "w.pt", "try again")
 
     def test_a_pickle_that_swells(self, tmp_path):
-        (tmp_path / "w.pt").write_bytes(zipped(bytes(2**28), zipfile.ZIP_DEFLATED))
+        (tmp_path / "w.pt").write_bytes(zipped(bytes(2**26 + 1), zipfile.ZIP_DEFLATED))
         with pytest.raises(UserError, match="its pickle is too large"):
+            read(tmp_path / "w.pt", "try again")
+
+    def test_steps_without_an_end(self, tmp_path):
+        """Millions of them in a few kilobytes."""
+        (tmp_path / "w.pt").write_bytes(zipped(b"\x80\2" + b"}0" * 1_000_001 + b"}.", zipfile.ZIP_DEFLATED))
+        with pytest.raises(UserError, match="the pickle has too many steps"):
             read(tmp_path / "w.pt", "try again")
 
     def test_a_long_name(self, tmp_path):
@@ -345,6 +351,24 @@ def test_pipes_are_not_waited_for(tmp_path):
     (tmp_path / "y.png").write_bytes(picture())
     rows, _ = list_rows([str(tmp_path)], str(tmp_path / "out"), Columns())
     assert sorted(row.name for row in rows) == ["x", "y"]
+
+
+def test_names_that_are_no_text(tmp_path):
+    """In a table of images, and in a part of an earlier run."""
+    text = pa.Array.from_buffers(pa.string(), 1, [None, *pa.array([b"\xff"]).buffers()[1:]])
+    image = pa.StructArray.from_arrays([pa.array([picture()]), text], ["bytes", "path"])
+    path = tmp_path / "parts" / "part-1.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": image, "name": text, "source": ["x"]}), path)
+    rows, _ = list_rows([str(path)], str(tmp_path / "out"), Columns())
+    assert read_row(rows[0], Columns()) == picture()  # whose path nobody asks for
+    with pytest.raises(UserError, match="part-1.parquet is damaged in its column 'name'"):
+        list_rows([str(path)], str(tmp_path / "out"), Columns(name="name"))
+    with pytest.raises(UserError, match="part-1.parquet is damaged in its column 'name'"):
+        Output(str(tmp_path)).done()
+    pq.write_table(pa.table({"name": [[1]], "source": ["x"]}), path)
+    with pytest.raises(UserError, match="part-1.parquet is damaged"):
+        Output(str(tmp_path)).done()
 
 
 @pytest.mark.parametrize("word", ["a b " * 10**6, "ſ" * 10**5, "&amp;" * 10**5])

@@ -87,8 +87,8 @@ def checkpoints(folder: Path) -> list[Tree]:
     result += [{"w.ckpt": zipped(tensor((4,), (1,), length, offset))} for length, offset in ((2**61, 0), (16, 2**62))]
     result += [{"w.ckpt": zipped(tensor((4,), (1,), 16, offset))} for offset in (-1, -(2**40), 13)]
     bomb = zipped(b"\x80\2X" + struct.pack("<I", 2**31 - 8) + bytes(2**24), zipfile.ZIP_DEFLATED)
-    blown = zipped(b"\x80\2" + b"}0" * 2**25 + b".", zipfile.ZIP_DEFLATED)  # 64 MiB of operations in 64 KiB
-    zeros = zipped(b"\x80\2" + bytes(2**29) + b".", zipfile.ZIP_DEFLATED)
+    blown = zipped(b"\x80\2" + b"}0" * 2**22 + b".", zipfile.ZIP_DEFLATED)  # 8 million steps in 8 KiB
+    zeros = zipped(b"\x80\2" + bytes(2**27) + b".", zipfile.ZIP_DEFLATED)
     return [*result, {"w.ckpt": bomb}, {"w.ckpt": blown}, {"w.ckpt": zeros}]
 
 
