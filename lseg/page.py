@@ -223,6 +223,20 @@ def theme() -> gr.themes.Base:
     return usual.set(**grey, block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")
 
 
+def own_uploads() -> None:
+    """Gives each upload a folder of its own. Gradio names folders by what the file holds, so two visitors with the same
+    photo would share one, and the first to be answered would remove the other's."""
+    from gradio.route_utils import GradioUploadFile
+
+    usual = GradioUploadFile.__init__
+
+    def begin(self: GradioUploadFile, *given: Any, **more: Any) -> None:
+        usual(self, *given, **more)
+        self.sha.update(secrets.token_bytes(16))  # the folder's name
+
+    GradioUploadFile.__init__ = begin
+
+
 def no_network() -> None:
     """Turns off what Gradio would fetch: its news, usage counts, and files that a visitor names by address."""
     from gradio import processing_utils

@@ -86,6 +86,7 @@ def serve(
         from lseg import page as layout
 
         layout.no_network()
+        layout.own_uploads()
         page = layout.build_page(desk, words, more_words, example)
         page.queue(max_size=WAITING)
         try:

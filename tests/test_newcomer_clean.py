@@ -1,7 +1,7 @@
 """The README's examples, run as they are written by somebody who has just cloned the repository.
 
-Another user, an environment with nothing but PATH and HOME, no pip cache, a folder with a space in its name, and a
-virtual environment that the README's first command makes. It takes some gigabytes of /tmp, the package index and a
+Another user, an environment with nothing but PATH, HOME and TMPDIR, no pip cache, a folder with a space in its name, and
+a virtual environment that the README's first command makes. It takes some gigabytes of /tmp, the package index and a
 quarter of an hour. Only what was committed is tested.
 
 `./requirements.sh` is put in front of later examples, as the README says. `--dev pytest` would run all tests again: it
@@ -47,7 +47,8 @@ class Newcomer:
             self.before = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 
     def start(self, *command: str) -> subprocess.Popen:
-        environment = {"PATH": os.defpath, "HOME": str(self.home)}
+        # Gradio's client keeps its files in one folder of /tmp for all users: here it must not meet another's.
+        environment = {"PATH": os.defpath, "HOME": str(self.home), "TMPDIR": str(self.home)}
         return subprocess.Popen(
             [*self.before, *command],
             cwd=self.clone,

@@ -7,6 +7,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -103,6 +104,16 @@ class TestApi:
 
 
 class TestServer:
+    def test_the_same_photo_of_many_at_once(self, client, tmp_path, seed):
+        """Each visitor's upload is a file of its own: the first answer does not take it from the others."""
+        photo = save(tmp_path / "same.png", seed)
+        with ThreadPoolExecutor(8) as pool:
+            asked = [
+                pool.submit(call, client, gradio_client.handle_file(str(photo)), ["cat", "dog"]) for _ in range(24)
+            ]
+            maps = {Path(job.result()[1]).read_bytes() for job in asked}
+        assert len(maps) == 1
+
     def test_uploads_are_removed(self, client, page, tmp_path, seed):
         photo = save(tmp_path / "unique-name.png", seed)
         (tmp_path / "unique-notes.jpg").write_text("notes")
