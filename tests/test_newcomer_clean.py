@@ -1,7 +1,7 @@
 """The README's examples, run as they are written by somebody who has just cloned the repository.
 
 Another user, an environment with nothing but PATH, HOME and TMPDIR, no pip cache, a folder with a space in its name and
-name, and a virtual environment that the README's first command makes. It takes some gigabytes of /tmp, the package index and a
+a virtual environment that the README's first command makes. It takes some gigabytes of /tmp, the package index and a
 quarter of an hour. Only what was committed is tested.
 
 `./requirements.sh` is put in front of later examples, as the README says. `--dev pytest` would run all tests again: it
