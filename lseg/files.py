@@ -72,8 +72,13 @@ def unfinished(folder: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except BaseException:  # Ctrl-C while it is removed: what is left goes before that ends the run
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
 
 
 def _held(folder: Path) -> tuple[Path, int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from test_enginerun import ROOT, names, save
 
-from lseg.files import UNFINISHED
 from lseg.image import read_image
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 
@@ -160,11 +159,6 @@ class TestBadInput:
         assert result.stderr == "error: none.jpg does not exist; check the name\n"
 
 
-def finished_names(folder: Path) -> list[str]:
-    """What lies there but for temporary folders: an interrupt may leave one, which the next run removes."""
-    return [name for name in names(folder) if not name.startswith(UNFINISHED)]
-
-
 class TestInterrupt:
     def interrupt(self, command: list[str], ready: Callable[[], object], folder: Path) -> subprocess.CompletedProcess:
         """Ctrl-C as soon as `ready` gives something."""
@@ -190,7 +184,7 @@ class TestInterrupt:
             [*command, "--output", "out", "--save-labels"], (tmp_path / "out" / "002_lseg.png").exists, tmp_path
         )
         assert (result.returncode, result.stderr) == (130, "\nerror: interrupted; what was finished before stays\n")
-        written = finished_names(tmp_path / "out")
+        written = names(tmp_path / "out")
         assert 7 <= len(written) < 3 * len(photos)
         assert not any(name.startswith(".") for name in written)
         assert all(read_image(tmp_path / "out" / name).size for name in written if name.endswith(".png"))
@@ -205,4 +199,4 @@ class TestInterrupt:
             command, lambda: finished.exists() and list(finished.parent.glob(f".unfinished-*{stage}")), tmp_path
         )
         assert (result.returncode, result.stderr) == (130, "\nerror: interrupted; what was finished before stays\n")
-        assert names(tmp_path) == ["onnx"] and finished_names(tmp_path / "onnx") == ["clip_textual.onnx"]
+        assert names(tmp_path) == ["onnx"] and names(tmp_path / "onnx") == ["clip_textual.onnx"]  # which was finished

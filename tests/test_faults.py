@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -135,3 +136,19 @@ def test_a_folder_of_somebody_else(tmp_path):
             os._exit(0 if "cannot be written (Permission denied)" in str(error) else 2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and names(tmp_path) == []
+
+
+def test_an_interrupt_while_a_folder_is_removed(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of the removal ends the run, and the folder goes all the same."""
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(files.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), unfinished(tmp_path) as inside:
+        (inside / "half").write_bytes(b"half")
+    assert len(calls) == 2 and names(tmp_path) == []
