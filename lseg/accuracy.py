@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,26 @@ STRIDE = 4  # embeddings are compared at every fourth row and column: a sample o
 RESAMPLES = 2000  # of the data set's photos, for the interval of an mIoU difference
 
 
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes what --save-reference keeps, whole or not at all."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    write_files({path: file.getvalue()})
+
+
+@contextmanager
+def saved_arrays(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays that `save_arrays` wrote; what fails in the block is told of the file: UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        yield arrays
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): make it with --save-reference") from None
+    except Exception:  # zip's, NumPy's and zlib's own errors
+        raise UserError(f"{path} is no reference, or damaged: make it with --save-reference") from None
+
+
 @dataclass
 class Expected:
     """What the reference made of the photos and the data set."""
@@ -33,31 +55,19 @@ class Expected:
 
     def save(self, path: Path, inputs: str) -> None:
         """Writes it for a run where there is no torch. `inputs` says what it was made from."""
-        import io
-
-        file = io.BytesIO()
         arrays = {f"embeddings_{i}": value.astype(np.float32) for i, value in enumerate(self.embeddings)}
         arrays |= {f"photo_{i}": value for i, value in enumerate(self.photo_labels)}
         arrays |= {f"image_{i}": value for i, value in enumerate(self.labels)}
-        np.savez_compressed(file, text=self.text, inputs=np.array(inputs), **arrays)
-        write_files({path: file.getvalue()})
+        save_arrays(path, text=self.text, inputs=np.array(inputs), **arrays)
 
     @classmethod
     def load(cls, path: Path, inputs: str) -> Expected:
         """Reads it; raises UserError where it is damaged or was made from other inputs."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+        with saved_arrays(path) as arrays:
             made_from = str(arrays.pop("inputs"))
             found = cls(arrays["text"], *(_numbered(arrays, prefix) for prefix in ("embeddings", "photo", "image")))
             if not found._is_whole():
                 raise ValueError
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror or error}): make it with --save-reference"
-            ) from None
-        except Exception:  # zip's, NumPy's and zlib's own errors
-            raise UserError(f"{path} is no reference, or damaged: make it with --save-reference") from None
         if made_from != inputs:
             raise UserError(f"{path} was made from other weights, photos, labels or data: make it again")
         return found

@@ -60,7 +60,7 @@ class Device:
             device = driver.Device(index)
             self._context = device.retain_primary_context()
         except driver.MemoryError as error:
-            raise UserError(f"the GPU has no memory left ({error}): close other programs") from error
+            raise _no_memory(error) from error
         except driver.Error as error:
             raise UserError(f"the GPU cannot be used ({error}): check nvidia-smi and update the driver") from error
         self.driver = driver
@@ -82,7 +82,7 @@ class Device:
     ) -> None:
         self._context.pop()
         if isinstance(error, self.driver.MemoryError):
-            raise UserError(f"the GPU has no memory left ({error}): close other programs") from error
+            raise _no_memory(error) from error
         if isinstance(error, self.driver.Error):
             raise UserError(f"the GPU failed ({error}): run nvidia-smi, and try again") from error
 
@@ -100,6 +100,10 @@ class Device:
         if self._context is not None:
             self._context.detach()
             self._context = None
+
+
+def _no_memory(error: BaseException) -> UserError:
+    return UserError(f"the GPU has no memory left ({error}): close other programs")
 
 
 class Buffer:

@@ -67,7 +67,7 @@ def rewrite_matmuls(
     for what, number in (("heads per product", heads_per_product), ("batch", 1 if batch is None else batch)):
         if number < 1:
             raise UserError(f"{what} cannot be {number}: give 1 or more")
-    rewritten = ir.from_proto(model)
+    rewritten = _from_proto(model)
     graph = rewritten.graph
     if batch is not None:
         fix_batch(graph, batch, name)
@@ -103,7 +103,6 @@ def matmul_ranks(model: onnx.ModelProto) -> Counter[tuple[int, int]]:
     Raises:
         UserError: shape inference does not tell an operand's rank.
     """
-
     inferred = _from_proto(model)
     infer_shapes(inferred)
     nodes = [node for node in inferred.graph if node.op_type == "MatMul"]

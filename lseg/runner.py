@@ -140,11 +140,13 @@ def merge_passes(
         labels and best over all N; of equal texts, and of equal scores, the first wins, as in a single pass.
     """
     # A product's columns are not all rounded alike, so equal texts could win by turns: each is scored once.
-    firsts = list({row.tobytes(): index for index, row in reversed(list(enumerate(text)))}.values())[::-1]
+    firsts: dict[bytes, int] = {}
+    for index, row in enumerate(text):
+        firsts.setdefault(row.tobytes(), index)
     if len(firsts) < len(text):
-        firsts = np.sort(np.array(firsts, np.int32))
-        labels, best = merge_passes(text[firsts], batch, score)
-        return firsts[labels], best
+        kept = np.array(list(firsts.values()), np.int32)
+        labels, best = merge_passes(text[kept], batch, score)
+        return kept[labels], best
     step = max(1, LABELS_A_PASS // batch)
     labels, best = score(text[:step])
     for start in range(step, len(text), step):

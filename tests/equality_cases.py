@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 
+from lseg.accuracy import save_arrays, saved_arrays
 from lseg.errors import UserError
-from lseg.files import write_files
 from lseg.image import to_pixels
 from lseg.runner import Runner, Timings
 from lseg.windows import MODES, _scale_scores, resize_aligned
@@ -156,29 +156,19 @@ class Reference:
         arrays = {}
         for index, expected in enumerate(one for group in self.found for one in group):
             arrays |= {f"{name}_{index}": getattr(expected, name) for name in ("labels", "gaps", "best")}
-        file = io.BytesIO()
-        np.savez_compressed(
-            file, about=np.array(self.about), source=self.source, words=self.words, digests=np.array(self.digests),
-            sizes=np.array([len(group) for group in self.found]), **arrays,
-        )  # fmt: skip
-        write_files({path: file.getvalue()})
+        arrays |= {"about": np.array(self.about), "source": self.source, "words": self.words}
+        arrays |= {"digests": np.array(self.digests), "sizes": np.array([len(group) for group in self.found])}
+        save_arrays(path, **arrays)
 
     @classmethod
     def load(cls, path: Path, about: str) -> Reference:
         """Raises UserError where it is missing, damaged or of other inputs."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            made, sizes, found, index = str(arrays["about"]), arrays["sizes"].tolist(), [], 0
-            for size in sizes:
-                each = [Expected(*(arrays[f"{n}_{i}"] for n in ("labels", "gaps", "best"))) for i in range(index, index + size)]  # fmt: skip # noqa: E501
-                found.append(each)
-                index += size
+        with saved_arrays(path) as arrays:
+            made, found, numbers = str(arrays["about"]), [], count()
+            for size in arrays["sizes"].tolist():
+                group = list(islice(numbers, size))
+                found.append([Expected(*(arrays[f"{n}_{i}"] for n in ("labels", "gaps", "best"))) for i in group])
             result = cls(made, arrays["source"], arrays["words"], arrays["digests"].tolist(), found)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror or error}): make it with --save-reference") from None  # noqa: E501  # fmt: skip
-        except Exception:  # zip's, NumPy's and zlib's own errors
-            raise UserError(f"{path} is no reference, or damaged: make it with --save-reference") from None
         if made != about:
             raise UserError(f"{path} was made for '{made}', not for '{about}': make it again, or give those options")
         return result
