@@ -13,7 +13,7 @@ from lseg.tensorfile import sha256
 if TYPE_CHECKING:
     import onnx
 
-RECIPE = 3  # raise it when a graph below changes: engines of an older recipe are built again
+RECIPE = 4  # raise it when a graph below changes: engines of an older recipe are built again
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 USUAL_LABELS = 8
@@ -30,7 +30,6 @@ class Recipe:
         config: the image encoder's sizes, as the exported file's metadata has them.
         precision: "fp32", "tf32", "fp16" or "bf16".
         matmul: "4d", "3d" or "2d", of the image encoder; the text encoder has "4d" for "2d".
-        fused: whether the library makes one kernel of an attention in 16 bits, as TensorRT does from 10 on.
     """
 
     folder: Path
@@ -39,12 +38,16 @@ class Recipe:
     matmul: str
     optimization_level: int = 3
     heads_per_product: int = 2
-    fused: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether TensorRT makes one kernel of an attention: in 16 bits, and not of the 2-D form."""
+        return self.matmul != "2d" and self.precision in ("fp16", "bf16")
 
     @property
     def token_multiple(self) -> int:
-        """Fused attention writes no scores, so that their rows need no alignment; a mask would only slow it down."""
-        return 1 if self.fused and self.matmul != "2d" and self.precision in ("fp16", "bf16") else TOKEN_MULTIPLE
+        """Fused attention writes no scores, so that their rows need no alignment; a mask would keep it from fusing."""
+        return 1 if self.fused else TOKEN_MULTIPLE
 
     @property
     def side(self) -> int:
@@ -108,7 +111,7 @@ class Recipe:
         if self.matmul == "2d":
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)
         else:
-            core = pad_tokens(rewrite_matmuls(core, self.matmul), self.token_multiple)
+            core = pad_tokens(rewrite_matmuls(core, self.matmul, apart=self.fused), self.token_multiple)
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         if name == "labels":
             return scoring.label_graph(core)

@@ -4,7 +4,8 @@ B images or texts, L tokens, h heads of d, C = h d. The exporter leaves q k^T an
 [B, h, L, d] operands, and linear layers as [B, L, C] by [C, K]. What engines make of them differs, so:
 
 - `4d` keeps these shapes, with the whole scale on q and k^T coming straight from a Transpose: the pattern
-  MatMul, Add (a mask, if any), Softmax, MatMul that TensorRT 10 fuses into one kernel.
+  MatMul, Add (a mask, if any), Softmax, MatMul that TensorRT 10 fuses into one kernel. With `apart`, q, k and v come
+  from three linear layers in place of one whose result is cut: TensorRT 8.6 fuses attention only then.
 - `3d` folds batch and heads into one leading axis: [B h, L, d].
 - `2d` has no operand of rank above 2, linear layers included: tokens stay [B L, C] through a block. One product per
   head and image is slow, as each is small, so g heads share one: their queries are stacked into a block-diagonal
@@ -23,10 +24,10 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lseg.attention import Attention, find_attentions, rank
+from lseg.attention_forms import attend, attend_2d
 from lseg.errors import UserError
+from lseg.graph_builder import Builder
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +45,7 @@ def rewrite_matmuls(
     heads_per_product: int = HEADS_PER_PRODUCT,
     batch: int | None = None,
     name: str = "the ONNX file",
+    apart: bool = False,
 ) -> onnx.ModelProto:
     """Rewrites the matrix products of an exported encoder; what it computes, its names and metadata stay.
 
@@ -54,6 +56,7 @@ def rewrite_matmuls(
             of heads up to it is taken, so that all products are of one size.
         batch: fixes a free batch to this number; None leaves it as it is.
         name: what messages call the file.
+        apart: in the 4d form, q, k and v get linear layers of their own, where they came from one.
 
     Raises:
         UserError: an unknown form or number, a file without attention or with a product of unknown kind, or the 2d
@@ -81,7 +84,10 @@ def rewrite_matmuls(
     constants: dict[tuple, ir.Value] = {}
     for attention in attentions:
         build = Builder(graph, attention.out.producer(), attention.name, constants)
-        y = attend_2d(build, attention, heads_per_product) if form == "2d" else attend(build, attention, form)
+        if form == "2d":
+            y = attend_2d(build, attention, heads_per_product)
+        else:
+            y = attend(build, attention, form, apart)
         y.shape, y.type = attention.out.shape, attention.out.type
         ir.convenience.replace_all_uses_with(attention.out, y)
     RemoveUnusedNodesPass()(rewritten)
@@ -187,118 +193,6 @@ def check_2d(attentions: list[Attention], name: str) -> None:
         raise UserError(f"{name} is a text encoder, and the 2d form is the image encoder's: choose 4d or 3d")
     if any(attention.batch is None for attention in attentions):
         raise UserError(f"{name} has a free batch, and the 2d form needs a fixed one: give a batch, or choose 4d or 3d")
-
-
-# Building it anew
-
-
-class Builder:
-    """Adds nodes and constants to a graph, in front of one node and under names that begin alike."""
-
-    def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str, constants: dict[tuple, ir.Value]):
-        self.graph, self.before, self.prefix, self.constants = graph, before, prefix, constants
-
-    def nodes(self, op: str, name: str, inputs: list[ir.Value], count: int, **attributes: object) -> list[ir.Value]:
-        """Adds a node of `count` outputs, named after it."""
-        import onnx_ir as ir
-
-        name = f"{self.prefix}/{name}"
-        node = ir.node(op, inputs, attributes, num_outputs=count, name=name)
-        for index, value in enumerate(node.outputs):
-            value.name = name if count == 1 else f"{name}/{index}"
-            value.type = inputs[0].type
-        self.graph.insert_before(self.before, node)
-        return list(node.outputs)
-
-    def __call__(self, op: str, name: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        return self.nodes(op, name, list(inputs), 1, **attributes)[0]
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        """An initialiser, shared by all who ask for the same numbers before unused ones are next swept up."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self.constants:
-            number = len(self.constants)
-            while (name := f"matmul_form/constant_{number}") in self.graph.initializers:
-                number += 1
-            self.constants[key] = self.initializer(name, array)
-        return self.constants[key]
-
-    def weight(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initialiser of this name, unshared: for large arrays."""
-        return self.initializer(f"{self.prefix}/{name}", np.ascontiguousarray(array))
-
-    def initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        import onnx_ir as ir
-
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.graph.register_initializer(value)
-        return value
-
-    def reshape(self, name: str, x: ir.Value, *shape: int) -> ir.Value:
-        return self("Reshape", name, x, self.constant(np.array(shape, np.int64)))
-
-    def split(self, name: str, x: ir.Value, axis: int, count: int, size: int) -> list[ir.Value]:
-        """`count` parts of `size` along an axis."""
-        if count == 1:
-            return [x]
-        return self.nodes("Split", name, [x, self.constant(np.full(count, size))], count, axis=axis)
-
-    def concat(self, name: str, parts: list[ir.Value], axis: int) -> ir.Value:
-        return parts[0] if len(parts) == 1 else self("Concat", name, *parts, axis=axis)
-
-
-def attend(build: Builder, a: Attention, form: str) -> ir.Value:
-    """The 4d and 3d forms: from [B, L, 3 C] to [B, L, C]."""
-    batch = a.batch or -1
-    heads = build.reshape("qkv_heads", a.qkv, batch, a.length, 3, a.heads, a.size)
-    heads = build("Transpose", "qkv", heads, perm=[2, 0, 3, 1, 4])  # [3, B, h, L, d]
-    if form == "3d":
-        heads = build.reshape("qkv_folded", heads, 3, -1, a.length, a.size)
-    axis = build.constant(np.array([0]))
-    q, k, v = (build("Squeeze", n, x, axis) for n, x in zip("qkv", build.split("parts", heads, 0, 3, 1), strict=True))
-    q = build("Mul", "q_scaled", q, build.constant(np.array(a.scale, a.qkv.dtype.numpy())))
-    k = build("Transpose", "k_transposed", k, perm=[0, 1, 3, 2] if form == "4d" else [0, 2, 1])
-    scores = build("MatMul", "scores", q, k)
-    if a.mask is not None:
-        mask = a.mask.const_value.numpy()
-        scores = build("Add", "scores_masked", scores, build.constant(mask.reshape(mask.shape[-2:])))
-    y = build("MatMul", "values", build("Softmax", "softmax", scores, axis=-1), v)
-    if form == "3d":
-        y = build.reshape("values_unfolded", y, batch, a.heads, a.length, a.size)
-    return build.reshape("joined", build("Transpose", "tokens", y, perm=[0, 2, 1, 3]), batch, a.length, a.width)
-
-
-def attend_2d(build: Builder, a: Attention, heads_per_product: int) -> ir.Value:
-    """The 2d form: from [B, L, 3 C] to [B, L, C], with [L, C] an image at a time in between."""
-    together = max(g for g in range(1, a.heads + 1) if a.heads % g == 0 and g <= heads_per_product)
-    own = np.arange(a.width) // a.size % together == np.arange(together)[:, None]  # [g, C]: channels of its heads
-    own = own.astype(a.qkv.dtype.numpy())
-    spread = build.constant(own[:, None] * own.dtype.type(a.scale))  # [g, 1, C]
-    groups, span = a.heads // together, together * a.size
-
-    qkv = build.reshape("qkv", a.qkv, a.batch * a.length, 3 * a.width)
-    images = []
-    for image, rows in enumerate(build.split("images", qkv, 0, a.batch, a.length)):
-        at = f"image{image}/"
-        q, k, v = build.split(at + "parts", rows, 1, 3, a.width)  # each [L, C]
-        # Each group's queries, scaled, once for each of its heads, zero outside that head's channels: [g L, C].
-        q = build.reshape(at + "q_rows", build("Mul", at + "q_scaled", q, spread), together * a.length, a.width)
-        parts = zip(*(build.split(at + n, x, 1, groups, span) for n, x in (("q", q), ("k", k), ("v", v))), strict=True)
-        results = []
-        for group, (q_group, k_group, v_group) in enumerate(parts):
-            to = f"{at}group{group}/"
-            scores = build("MatMul", to + "scores", q_group, build("Transpose", to + "k", k_group, perm=[1, 0]))
-            results.append(build("MatMul", to + "values", build("Softmax", to + "softmax", scores, axis=-1), v_group))
-        y = build.concat(at + "groups", results, 1)  # [g L, C]
-        if together > 1:  # of row block i, the channels of each group's head i count
-            blocks = build.split(at + "blocks", y, 0, together, a.length)
-            y = build("Mul", at + "own0", blocks[0], build.constant(own[:1]))
-            for i in range(1, together):
-                y = build(
-                    "Add", f"{at}sum{i}", y, build("Mul", f"{at}own{i}", blocks[i], build.constant(own[i : i + 1]))
-                )
-        images.append(y)
-    return build.reshape("joined", build.concat("all_images", images, 0), a.batch, a.length, a.width)
 
 
 def flatten_tokens(graph: ir.Graph) -> None:

@@ -56,8 +56,7 @@ class TensorRTRunner:
         precision, matmul = options.precision, options.matmul or DEFAULT_MATMUL[options.precision]
         self.use_graphs = cuda_graphs
         digest, metadata = checked_image(folder, weights)
-        level, fused = options.optimization_level, not trt.__version__.startswith("8.")
-        recipe = Recipe(folder, metadata["image_config"], precision, matmul, level, fused=fused)
+        recipe = Recipe(folder, metadata["image_config"], precision, matmul, options.optimization_level)
         self.image_size: int = recipe.config["image_size"]
         self.text_session = self.text_encoder = None
         if text_onnx:

@@ -117,14 +117,18 @@ def test_attention_is_fused(trt, demo, tmp_path, precision, matmul):
         assert fused_attentions(serialized) == expected, name
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_tokens_are_padded_where_scores_lie_in_memory(trt, demo, tmp_path, precision):
-    """A library that does not fuse gets padded tokens, and its engines are others; fused ones bring no mask."""
+@pytest.mark.parametrize(
+    "precision, matmul", [("fp16", "4d"), ("fp16", "3d"), ("fp16", "2d"), ("bf16", "4d"), ("fp32", "4d")]
+)
+def test_tokens_are_padded_where_scores_lie_in_memory(demo, precision, matmul):
+    """What is fused brings no mask, and in the 4-D form q, k and v have linear layers of their own."""
     config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
-    fuses, does_not = (recipes.Recipe(demo.folder, config, precision, "4d", fused=fused) for fused in (True, False))
-    masks = [sum("tokens/mask" in node.input for node in r.prepare("image").graph.node) for r in (fuses, does_not)]
-    assert masks == [0 if precision == "fp16" else config["depth"], config["depth"]]
-    assert (fuses.spec("image") == does_not.spec("image")) == (precision == "fp32")
+    nodes = recipes.Recipe(demo.folder, config, precision, matmul).prepare("image").graph.node
+    softmaxes = sum(node.op_type == "Softmax" for node in nodes)
+    fused = precision != "fp32" and matmul != "2d"
+    assert sum("tokens/mask" in node.input for node in nodes) == (0 if fused or matmul == "2d" else softmaxes)
+    layers = sum(node.op_type == "MatMul" and node.name.endswith("/k_product") for node in nodes)
+    assert layers == (config["depth"] if fused and matmul == "4d" else 0)
 
 
 def test_ranks_in_the_parsed_network(trt, exported):

@@ -79,11 +79,11 @@ def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
 
-@pytest.mark.parametrize("form", ["4d", "3d"])
-def test_free_batch_same_numbers_tiny(tiny, form, seed):
+@pytest.mark.parametrize("form, apart", [("4d", False), ("4d", True), ("3d", False)])
+def test_free_batch_same_numbers_tiny(tiny, form, apart, seed):
     print(tiny.note)
     rng = np.random.default_rng(seed)
-    model = rewrite_matmuls(tiny.image, form)
+    model = rewrite_matmuls(tiny.image, form, apart=apart)
     for batch in (1, 2, 3, 5, 8):
         images = tiny.images(rng, batch)
         found = run(model, images)
