@@ -17,6 +17,7 @@ GPU = "needs a GPU"
 DOCKER = "needs docker and a GPU"
 CLUSTER = "needs a cluster"
 TRITON = "needs a Triton server"
+APART = "needs an environment of its own"
 DATA = "needs data sets that are not shipped"
 NETWORK = "downloads weights"
 HOURS = "takes hours without a GPU"
@@ -87,6 +88,8 @@ PLACES: dict[str, Runs | str] = {
     "tritonserver": TRITON,
     'pip install "tritonclient[grpc]"': Runs(),
     "python demo/triton_client.py": TRITON,
+    "pip install nvidia-pytriton": APART,
+    "python demo/triton_server.py": APART,
 }
 # What stands for the reader's own in the examples, beside what they make or what is downloaded.
 OWN = {"photo.jpg", "street.jpg", "room.jpg", "kitchen.jpg", "holiday/", "room/", "photos/", "drive/**/*.jpg"}

@@ -1,6 +1,6 @@
 """The Triton repository: configurations by Triton's own protobuf, and the graphs behind them in ONNX Runtime.
 
-The server itself is not run here: its ensemble is followed step by step as the configuration says.
+The ensemble is followed step by step as the configuration says; `test_triton_server.py` runs a server.
 """
 
 from __future__ import annotations
