@@ -37,7 +37,7 @@ def _column(value: object) -> pa.Array:
 
 
 def to_parts(table: pa.Table) -> list[Part]:
-    """A part of each row; its bytes are buffers in the table's memory, as `numpy.frombuffer` and `pickle.loads` take."""
+    """A part of each row; its bytes are buffers in the table's memory, which `numpy.frombuffer` takes."""
     return [{name: _value(table[name][row]) for name in table.column_names} for row in range(table.num_rows)]
 
 
