@@ -198,7 +198,7 @@ def run_parts(
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors come as exceptions, and become a sentence
     context = DataContext.get_current()
-    context.enable_progress_bars = not quiet
+    context.enable_progress_bars = not quiet and sys.stderr.isatty()
     context.print_on_execution_start = False
     stages = stages or Stages()
     data = ray.data.from_items([pack(list(part)) for part in parts], override_num_blocks=len(parts))

@@ -1,6 +1,6 @@
 """lseg_ray.py with its options, and a network that takes a given time and no GPU: for what the rest of it can do.
 
-    LSEG_NETWORK_MS=3.9 python tests/bench/ray_no_network.py PHOTOS --output DIR --save-labels
+    LSEG_NETWORK_MS=3.9 python tests/bench/no_network_lseg_ray.py PHOTOS --output DIR --save-labels
 
 Every image waits its turn for LSEG_NETWORK_MS milliseconds (0 unless it is set), as on a GPU, which keeps no core busy.
 Labels are bands of the photo's own brightness, so that label maps are about as hard to write as real ones.
