@@ -5,7 +5,7 @@ Of rows Ray would make Python objects, and of those tables again: each step copi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,25 @@ def _column(value: object) -> pa.Array:
 
 def to_parts(table: pa.Table) -> list[Part]:
     """A part of each row; its bytes are buffers in the table's memory, which `numpy.frombuffer` takes."""
-    return [{name: _value(table[name][row]) for name in table.column_names} for row in range(table.num_rows)]
+    return [{name: _value(row[name]) for name in table.column_names} for row in _rows(table)]
 
 
-def _value(scalar: pa.Scalar) -> object:
+def _rows(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(index, 1) for index in range(table.num_rows))
+
+
+def _value(column: pa.ChunkedArray) -> object:
+    """What a column of one row holds."""
     import pyarrow as pa
 
-    return scalar.as_buffer() if isinstance(scalar, pa.LargeBinaryScalar) else scalar.as_py()
+    if not pa.types.is_large_binary(column.type):
+        return column[0].as_py()
+    (array,) = (chunk for chunk in column.chunks if len(chunk))
+    _, ends, data = array.buffers()
+    start, end = np.frombuffer(ends, np.int64)[array.offset : array.offset + 2].tolist()
+    if start == end:  # Arrow may keep no buffer for nothing
+        return pa.py_buffer(b"")
+    return data.slice(start, end - start)  # a scalar of the column would be a copy
 
 
 def on_tables(stage: Callable[..., Part]) -> Callable[..., pa.Table]:
