@@ -1,7 +1,7 @@
 """Segments very many images by words on Ray: on this machine, on all its GPUs, or on a cluster.
 
     python lseg_ray.py photos/ --labels "car, road, sky, other" --output results
-    python lseg_ray.py "shards/*.tar" --output results --save-labels --rle
+    python lseg_ray.py "shards/*.tar" --output results_shards --save-labels --rle
     python lseg_ray.py s3://bucket/frames.parquet --output s3://bucket/labels --address auto
     python lseg_ray.py photos/ --labels "car, road, sky, other" --output results --resume
 

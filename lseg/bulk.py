@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
@@ -20,6 +21,7 @@ import numpy as np
 
 from lseg.bulk_inputs import Row, one_line
 from lseg.bulk_stages import Engines, Network, Part, Wanted, decode, pack, write
+from lseg.bulk_tables import OnTables, on_tables
 from lseg.errors import UserError
 from lseg.image import silent_stderr
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOT = 0.5  # CPU slots of a worker that reads or writes: unlike an actor's, or Ray would put reading into the actors
 TRIES = 5  # how often a part is tried on workers that die: an image may be what kills them
 PART = 32  # images handed out together: 22 MB of pixels at 480 x 480
+AHEAD = 2  # parts that an actor has in hand: one comes or goes while the network works on another
 FEATURE_PART = 8  # with features, which are megabytes an image
 LEAST, MOST = 256 << 20, 16 << 30  # bytes of a local cluster's object store: an eighth of the memory within these
 ANSWER = 5.0  # seconds for a cluster to answer
@@ -195,30 +198,42 @@ def run_parts(
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors come as exceptions, and become a sentence
     context = DataContext.get_current()
-    context.enable_progress_bars = not quiet
+    context.enable_progress_bars = not quiet and sys.stderr.isatty()
     context.print_on_execution_start = False
     stages = stages or Stages()
     data = ray.data.from_items([pack(list(part)) for part in parts], override_num_blocks=len(parts))
+    whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     with warnings.catch_warnings():  # how often to try has no other way in, up to the newest version asked for
         warnings.simplefilter("ignore")
-        data = data.map(stages.decode, fn_kwargs={"wanted": wanted}, num_cpus=SLOT, max_retries=TRIES)
-        data = data.map(
-            stages.network,
+        slot = {"fn_kwargs": {"wanted": wanted}, "num_cpus": SLOT, "max_retries": TRIES}
+        data = data.map_batches(on_tables(stages.decode), **whole, **slot)
+        data = data.map_batches(
+            OnTables,
+            **whole,
             # Ray keeps these in its object store: one copy of the texts a machine, however many actors.
-            fn_constructor_kwargs={"engines": engines, "wanted": wanted, "text": text},
-            compute=ActorPoolStrategy(size=where.actors, max_tasks_in_flight_per_actor=2),
+            fn_constructor_kwargs={"kind": stages.network, "engines": engines, "wanted": wanted, "text": text},
+            compute=ActorPoolStrategy(size=where.actors, max_tasks_in_flight_per_actor=AHEAD + 1, **_threaded()),
+            max_concurrency=AHEAD,
             num_cpus=1,
             num_gpus=where.gpus,
             max_restarts=-1,
             max_task_retries=TRIES,
             scheduling_strategy="SPREAD",
         )
-        data = data.map(stages.write, fn_kwargs={"wanted": wanted}, num_cpus=SLOT, max_retries=TRIES)
+        data = data.map_batches(on_tables(stages.write), **whole, **slot)
     try:
         for result in data.iter_rows():
             yield int(result["done"]), pickle.loads(result["bad"])
     except Exception as error:
         raise in_a_sentence(error) from None
+
+
+def _threaded() -> dict[str, bool]:
+    """Lets the parts that an actor has go through it at once; older Ray lets them be fetched and handed on at once."""
+    from ray.data import ActorPoolStrategy
+
+    name = "enable_true_multi_threading"
+    return {name: True} if name in inspect.signature(ActorPoolStrategy).parameters else {}
 
 
 def in_a_sentence(error: BaseException) -> UserError:

@@ -116,11 +116,20 @@ class Output:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps a second run out of a local folder; UserError where another has it. The system drops it at exit."""
+        """Keeps a second run out of a local folder; UserError where another has it. The system drops it at exit.
+
+        The folder of the parts is what is held: the one around it may be that of the exported files, too, which an
+        export holds while it puts them there.
+        """
         if not self.local:
             yield
             return
-        handle = os.open(self.where, os.O_RDONLY)
+        parts = Path(self.where, PARTS)
+        try:
+            parts.mkdir(exist_ok=True)
+            handle = os.open(parts, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{parts} cannot be written ({error.strerror}); choose another --output") from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

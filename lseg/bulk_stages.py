@@ -2,14 +2,17 @@
 
 A part travels as one row of bytes, so that it is never split: what is done again after a worker died is the same part.
 Workers of the first and last stage have no GPU; the network's actors hold the engines and get pixels of its own size.
+They count each label's pixels and cosines as the photo would show them, so that no cosines travel, and label maps only
+where they are written.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +20,18 @@ import numpy as np
 
 from lseg.bulk_inputs import Columns, Row, read_row
 from lseg.bulk_output import Output, feature_schema, label_schema, part_name, plain, table_bytes
+from lseg.bulk_tables import Part
 from lseg.errors import UserError
 from lseg.features import Features
 from lseg.image import decode_image, labels_to_photo, to_pixels
-from lseg.labels import label_map_files, palette
-from lseg.results import describe, mark_unknown
+from lseg.labels import label_dtype, label_map_files, palette
+from lseg.results import describe_tally, is_unknown, with_masks
 from lseg.sources import LABEL_MAP, MEANING
+from lseg.tally import Tally, tally_at
 from lseg.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from lseg.runner import Runner
-
-Part = dict[str, Any]  # a row of Ray's data set: names to bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Wanted:
     pngs: bool
     stride: int
     size: int
+
+    @property
+    def maps(self) -> bool:
+        """Whether writing needs the label maps themselves."""
+        return self.pngs or self.rle
 
 
 @dataclass(frozen=True)
@@ -115,21 +123,24 @@ def decode(part: Part, wanted: Wanted) -> Part:
 
     cv2.setNumThreads(1)  # each worker has a slot of its own
     rows: list[Row] = pickle.loads(part["rows"])
-    kept, pixels, bad = [], [], []
+    pixels = np.empty((len(rows), wanted.size, wanted.size, 3), np.uint8)
+    kept, bad = [], []
     for row in rows:
         try:
             photo = decode_image(read_row(row, wanted.columns), row.shown)
         except UserError as error:
             bad.append(str(error))
             continue
+        pixels[len(kept)] = to_pixels(photo, wanted.size)
         kept.append((row, photo.shape[:2]))
-        pixels.append(to_pixels(photo, wanted.size))
-    data = np.stack(pixels).tobytes() if pixels else b""
-    return {"rows": pickle.dumps(kept), "pixels": data, "part": part_name(rows), "bad": pickle.dumps(bad)}
+    found = {"rows": pickle.dumps(kept), "pixels": pixels[: len(kept)], "part": part_name(rows)}
+    return found | {"bad": pickle.dumps(bad)}
 
 
 class Network:
-    """An actor: holds the engines and gives every image its labels, or its features.
+    """An actor: holds the engines and gives every image its labels, or its features. Threads may share it.
+
+    Its own threads work on as many batches as the backend takes callers: one counts labels while another has the GPU.
 
     Args:
         engines: how to open them.
@@ -141,27 +152,40 @@ class Network:
         self.wanted, self.text, self.runner = wanted, text, engines.open()
         identity = self.runner.identity
         self.batch = engines.batch or (1 if identity.device == "CPU" else 8)
+        self._callers = ThreadPoolExecutor(self.runner.callers, thread_name_prefix="network")
 
     def __call__(self, part: Part) -> Part:
-        """Adds "labels" [n, S, S] of the type "dtype" and "best", float32; or "features", pickled; and "made_by"."""
-        size = self.wanted.size
-        pixels = np.frombuffer(part["pixels"], np.uint8).reshape(-1, size, size, 3)
-        result = {key: part[key] for key in ("rows", "part", "bad")} | {"made_by": str(self.runner.identity)}
-        if self.wanted.vocabulary is None:
-            return result | {"features": pickle.dumps(list(self._features(pixels, pickle.loads(part["rows"]))))}
-        best = np.empty((len(pixels), size, size), np.float32)
-        labels = np.empty((len(pixels), size, size), np.int32 if len(self.text) > 256 else np.uint8)
-        for start in range(0, len(pixels), self.batch):
-            part_of = slice(start, start + self.batch)
-            found = self.runner.segment(pixels[part_of], self.text, best=True)
-            labels[part_of], best[part_of] = found.labels, found.best
-        return result | {"labels": labels.tobytes(), "dtype": labels.dtype.str, "best": best.tobytes()}
+        """Adds "tallies", pickled, and "maps", where they are wanted; or "features", pickled; and "made_by".
 
-    def _features(self, pixels: np.ndarray, rows: list) -> Iterator[np.ndarray]:
-        """Of each image float16 [rows, columns, D]; the network's 118 MB an image never leave the actor."""
-        for image, (_, (height, width)) in zip(pixels, rows, strict=True):
-            grid = self.runner.encode_image(image[None])[0]
-            yield Features(grid, self.wanted.size, height, width).strided(self.wanted.stride)
+        The maps are unsigned integers [n, S, S] of `label_dtype`, whose largest value stands for unlabelled.
+        """
+        wanted, size = self.wanted, self.wanted.size
+        pixels = np.frombuffer(part["pixels"], np.uint8).reshape(-1, size, size, 3)
+        sizes = [image_size for _, image_size in pickle.loads(part["rows"])]
+        result = {key: part[key] for key in ("rows", "part", "bad")} | {"made_by": str(self.runner.identity)}
+        if wanted.vocabulary is None:
+            features = list(self._callers.map(self._features, pixels, sizes))
+            return result | {"features": pickle.dumps(features)}
+        maps = np.empty(pixels.shape[:3], label_dtype(len(wanted.vocabulary.labels.names)))
+        batches = [slice(start, start + self.batch) for start in range(0, len(pixels), self.batch)]
+        found = self._callers.map(lambda batch: self._label(pixels[batch], sizes[batch], maps[batch]), batches)
+        result["tallies"] = pickle.dumps([one for tallies in found for one in tallies])
+        return result | ({"maps": maps} if wanted.maps else {})
+
+    def _label(self, pixels: np.ndarray, sizes: list[tuple[int, int]], maps: np.ndarray) -> list[Tally]:
+        """Fills a batch's label maps, and counts them at their photos' (height, width)."""
+        wanted, count = self.wanted, len(self.wanted.vocabulary.labels.names)
+        found = self.runner.segment(pixels, self.text, best=True)
+        maps[...] = wanted.vocabulary.to_labels(found.labels)
+        if wanted.unknown is not None:
+            maps[is_unknown(found.best, wanted.unknown)] = np.iinfo(maps.dtype).max
+        each = zip(maps, found.best, sizes, strict=True)
+        return [tally_at(labels, cosines, count, width, height) for labels, cosines, (height, width) in each]
+
+    def _features(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """float16 [rows, columns, D]; the network's 118 MB an image never leave the actor."""
+        grid = self.runner.encode_image(image[None])[0]
+        return Features(grid, self.wanted.size, *size).strided(self.wanted.stride)
 
 
 def write(part: Part, wanted: Wanted) -> Part:
@@ -176,26 +200,34 @@ def write(part: Part, wanted: Wanted) -> Part:
         results = [_feature_row(*row, array, wanted.stride) for row, array in zip(rows, features, strict=True)]
         wanted.output.write({part["part"]: table_bytes(results, feature_schema(), part["made_by"])})
     elif rows:
-        results = list(_label_rows(part, rows, wanted))
+        results = _label_rows(part, rows, wanted)
         wanted.output.write({part["part"]: table_bytes(results, label_schema(wanted.rle), part["made_by"])})
     return {"done": len(rows), "bad": part["bad"]}
 
 
-def _label_rows(part: Part, rows: list, wanted: Wanted) -> Iterator[dict[str, Any]]:
-    shape = (len(rows), wanted.size, wanted.size)
-    labels = np.frombuffer(part["labels"], part["dtype"]).reshape(shape)
-    best = np.frombuffer(part["best"], np.float32).reshape(shape)
-    names = wanted.vocabulary.labels.names
+def _label_rows(part: Part, rows: list, wanted: Wanted) -> list[dict[str, Any]]:
+    """The part's rows; label maps are written on the way, all at once."""
+    names, size = wanted.vocabulary.labels.names, wanted.size
+    results, files = [], {}
     colours = palette(names) if wanted.pngs else None
-    for (row, (height, width)), found, cosine in zip(rows, labels, best, strict=True):
-        cosines = labels_to_photo(cosine, width, height)
-        indices = wanted.vocabulary.to_labels(labels_to_photo(found, width, height))
-        if wanted.unknown is not None:
-            indices = mark_unknown(indices, cosines, wanted.unknown)
-        if wanted.pngs:
-            png, meaning = label_map_files(Path(f"{row.name}{LABEL_MAP}").name, indices, names, colours)
-            wanted.output.write({f"{row.name}{LABEL_MAP}": png, f"{row.name}{MEANING}": meaning})
-        yield _about(row) | describe(plain(row.shown), indices, cosines, names, wanted.rle)
+    maps = repeat(None)
+    if wanted.maps:
+        maps = np.frombuffer(part["maps"], label_dtype(len(names))).reshape(-1, size, size)
+    for (row, _), found, small in zip(rows, pickle.loads(part["tallies"]), maps, strict=wanted.maps):
+        about = describe_tally(plain(row.shown), found, names)
+        if wanted.maps:
+            labels = labels_to_photo(small, *found.size)
+            if wanted.rle:
+                about = with_masks(about, labels)
+            if wanted.pngs:
+                shares = found.pixels / labels.size
+                name = Path(f"{row.name}{LABEL_MAP}").name
+                png, meaning = label_map_files(name, labels, names, colours, shares)
+                files |= {f"{row.name}{LABEL_MAP}": png, f"{row.name}{MEANING}": meaning}
+        results.append(_about(row) | about)
+    if files:
+        wanted.output.write(files)
+    return results
 
 
 def _feature_row(row: Row, size: tuple[int, int], features: np.ndarray, stride: int) -> dict[str, Any]:

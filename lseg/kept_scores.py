@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from lseg.image import labels_to_photo
 from lseg.runner import merge_passes
+from lseg.tally import pixels_shown
 from lseg.windows import resize_aligned
 
 STRIP = 2**16  # scores at a time, 256 KiB: they stay in the processor's cache
@@ -70,9 +70,5 @@ def heat_map(grid: np.ndarray, word: np.ndarray, size: int) -> tuple[np.ndarray,
 
 def shares_in_photo(labels: np.ndarray, count: int, width: int, height: int) -> np.ndarray:
     """`lseg.draw.shares` of a label map [S, S] at the photo's size, float64 [count], without making it that large."""
-    rows, columns = (
-        np.bincount(labels_to_photo(np.arange(side)[None], length, 1)[0], minlength=side)
-        for side, length in zip(labels.shape, (height, width), strict=True)
-    )
-    often = np.multiply.outer(rows, columns)  # of the photo's pixels that show this one
+    often = pixels_shown(labels.shape, width, height)
     return np.bincount(labels.ravel(), often.ravel(), minlength=count)[:count] / (width * height)

@@ -142,14 +142,22 @@ def as_hex(colour: np.ndarray) -> str:
     return "#" + bytes(colour).hex()
 
 
-def label_map_files(name: str, labels: np.ndarray, names: Sequence[str], colours: np.ndarray) -> tuple[bytes, bytes]:
-    """What `save_label_map` writes, the PNG and the JSON, for a PNG of this name."""
+def label_map_files(
+    name: str, labels: np.ndarray, names: Sequence[str], colours: np.ndarray, fractions: np.ndarray | None = None
+) -> tuple[bytes, bytes]:
+    """What `save_label_map` writes, the PNG and the JSON, for a PNG of this name.
+
+    `fractions` are the labels' shares, float64 [N], where they are known. The map may be in the PNG's own form, too.
+    """
     dtype = label_dtype(len(names))
     unlabelled = int(np.iinfo(dtype).max)
     height, width = labels.shape
-    fractions = shares(labels, len(names))
-    indices = labels.astype(dtype)
-    indices[labels < 0] = unlabelled
+    if fractions is None:
+        fractions = shares(labels, len(names))
+    indices = labels
+    if labels.dtype != dtype:
+        indices = labels.astype(dtype)
+        indices[labels < 0] = unlabelled
     meaning = {
         "image": name,
         "size": [width, height],

@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from lseg.draw import shares
 from lseg.errors import UserError
 from lseg.files import write_files
+from lseg.tally import Tally, tally
 
 BEGINNING = b'{"photo": '  # of every line
 
 
 def mark_unknown(labels: np.ndarray, cosines: np.ndarray, threshold: float) -> np.ndarray:
     """The labels, integers [H, W], with -1 where the cosine, float32 [H, W], is below the threshold."""
-    return np.where(cosines < threshold, np.int32(-1), labels.astype(np.int32))
+    return np.where(is_unknown(cosines, threshold), np.int32(-1), labels.astype(np.int32))
+
+
+def is_unknown(cosines: np.ndarray, threshold: float) -> np.ndarray:
+    """Where a pixel is too far from its label to have it, of any shape."""
+    return cosines < threshold
 
 
 def describe(
@@ -41,21 +46,35 @@ def describe(
     Raises:
         UserError: pycocotools is not installed.
     """
-    parts = shares(labels, len(names))
-    known = labels >= 0
-    sums = np.bincount(labels[known].ravel(), cosines[known].ravel(), minlength=len(names))
+    found = describe_tally(photo, tally(labels, cosines, len(names)), names)
+    return with_masks(found, labels) if rle else found
+
+
+def describe_tally(photo: str, counted: Tally, names: Sequence[str]) -> dict[str, Any]:
+    """`describe` of a photo whose labels are counted already, without masks."""
+    width, height = counted.size
+    total = width * height
     found = []
-    for index in np.argsort(-parts, kind="stable"):
-        if parts[index] == 0:
+    for index in np.argsort(-counted.pixels, kind="stable"):
+        pixels = int(counted.pixels[index])
+        if pixels == 0:
             break
-        mean = sums[index] / (parts[index] * labels.size)
-        entry: dict[str, Any] = {"index": int(index), "name": names[index], "share": round(float(parts[index]), 6)}
-        entry["confidence"] = round(float(mean), 5)
-        if rle:
-            entry["rle"] = encode_rle(labels == index)
+        entry: dict[str, Any] = {"index": int(index), "name": names[index], "share": round(pixels / total, 6)}
+        entry["confidence"] = round(float(counted.sums[index]) / pixels, 5)
         found.append(entry)
-    unlabelled = round(float(np.count_nonzero(~known)) / labels.size, 6)
-    return {"photo": photo, "size": list(labels.shape[::-1]), "unlabelled": unlabelled, "labels": found}
+    unlabelled = round((total - int(counted.pixels.sum())) / total, 6)
+    return {"photo": photo, "size": [width, height], "unlabelled": unlabelled, "labels": found}
+
+
+def with_masks(found: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
+    """What `describe_tally` gives, with each label's mask, from the photo's labels [H, W].
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+    for entry in found["labels"]:
+        entry["rle"] = encode_rle(labels == entry["index"])
+    return found
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:

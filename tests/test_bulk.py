@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lseg.bulk import in_a_sentence, into_parts
 from lseg.bulk_inputs import Columns, Row, list_rows, open_store, read_row
 from lseg.bulk_output import JOB, Output, check_job, left_to_do, part_name, table_bytes
 from lseg.errors import UserError, run
+from lseg.onnx_file import TEXT_ONNX
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: ./requirements.sh --dev installs it")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: ./requirements.sh --dev installs it")
@@ -146,6 +149,26 @@ class TestRefused:
         sentence = refused(photo)
         assert sentence.startswith("Ray Data is not installed (")
         assert sentence.endswith("run 'pip install -r requirements-ray.txt'")
+
+    def test_output_where_files_are_exported(self, tiny, photo, tmp_path):
+        """An export holds its folder; the run, which holds its output, does not wait for itself."""
+        out = tmp_path / "out"
+        shutil.copytree(tiny.folder, out)
+        (out / TEXT_ONNX).unlink()
+        options = ["--weights", tiny.weights, "--backend", "onnxruntime", "--quiet", "--address", "127.0.0.1:9"]
+        args = lseg_ray.parse_args([str(photo), "--output", str(out), "--onnx", str(out), *options])
+        sentences = []
+
+        def work() -> None:
+            with pytest.raises(UserError) as error:
+                lseg_ray.main(args)
+            sentences.append(str(error.value))
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(120)
+        assert (out / TEXT_ONNX).is_file()
+        assert len(sentences) == 1 and sentences[0].startswith("the Ray cluster at 127.0.0.1:9 does not answer")
 
     def test_second_run(self, refused, photo, tmp_path):
         (tmp_path / "out").mkdir()

@@ -1,12 +1,16 @@
 """Images a second of lseg_ray.py on one GPU, on two, and so on, up to all that the machine has; writes JSON.
 
-    python tests/bench/ray_scaling.py PHOTOS log/ray_gpu.json [--count 4000] [--weights FILE --onnx DIR --engines DIR]
+    python tests/bench/ray_scaling.py PHOTOS log/ray_gpu.json --weights FILE --onnx DIR --engines DIR [--count 4096]
+    python tests/bench/ray_scaling.py PHOTOS log/ray_cpu_no_network.json --no-network 0 --count 1024
 
-The folder's photos are copied, under other names, until there are as many as asked for. For each number of GPUs the
-script runs once on a few parts to warm the disk and then `--runs` times; both label maps and parts are written. Beside
-it stands what one GPU does with uint8 pixels in memory, without Ray, decoding or writing: eight images a call. Engines
-are there already, or the first run builds them. Busy cores and GPUs are means over the whole process, with Ray's start
-and the engines' loading.
+The folder's photos are copied, under other names, until there are as many as asked for. First comes what one GPU does
+alone: uint8 pixels in memory, eight a call, without Ray, decoding or writing; engines are there already, or are built.
+Then a run on a few photos warms the disk, and each number of GPUs is measured once; then again, up to `--runs` times,
+while `--seconds` last. The file is written after each of these.
+
+Both label maps and parts are written. "images_a_second" are over all work, from the cluster's start on, with the
+engines' loading; "steady" ones between the first and the last eighth of the parts, as the files' times tell, with what
+was busy meanwhile and so what limits: GPUs or cores that are busy for 85 % of the time and more, or neither.
 """
 
 from __future__ import annotations
@@ -19,29 +23,36 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 LABELS = "car, road, sky, building, tree, person, sign, other"
+FULL = 85  # per cent of the time
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--count", type=int, default=4096)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=240, help="no run begins that would end later (default: 240)")
     parser.add_argument("--gpus", default=None, help="numbers of GPUs, separated by commas (default: 1, 2, 4, .. all)")
     parser.add_argument("--backend", default="tensorrt")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--weights", default="demo")
     parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
     parser.add_argument("--engines", type=Path, default=ROOT / "engines")
+    parser.add_argument("--part", type=int, default=32)
     parser.add_argument("--no-label-maps", action="store_true", help="write parts alone")
+    parser.add_argument(
+        "--no-network", type=float, metavar="MS", help="images wait MS milliseconds instead, without a GPU: the rest"
+    )
     return parser.parse_args()
 
 
@@ -49,28 +60,50 @@ def main(args: argparse.Namespace) -> None:
     from lseg.benchmark import machine
     from lseg.cuda import gpu_count
 
-    available = gpu_count()
-    counts = [int(n) for n in args.gpus.split(",")] if args.gpus else [n for n in (1, 2, 4, 8) if n <= available]
+    start, available = time.perf_counter(), gpu_count()
+    counts = [int(n) for n in args.gpus.split(",")] if args.gpus else [n for n in (1, 2, 4, 8) if n <= available] or [1]
     report = {"machine": machine(), "gpus": available, "ray": __import__("ray").__version__, "labels": 8}
-    report |= {"weights": Path(args.weights).stem, "images": args.count, "label_maps": not args.no_label_maps}
-    report |= {"alone": alone(args), "rows": []}
-    print(report["alone"], flush=True)
+    report |= {"weights": Path(args.weights).stem, "images": args.count, "part": args.part}
+    report |= {"label_maps": not args.no_label_maps, "load_before": round(os.getloadavg()[0], 2), "rows": []}
+
+    def keep(**more: object) -> None:
+        report.update(more)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        print(more or report["rows"][-1], flush=True)
+
+    if args.no_network is None:
+        keep(alone=alone(args))
+    else:
+        keep(no_network_ms=args.no_network)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         spread(args.photos, folder / "photos", args.count)
-        spread(args.photos, folder / "few", 128)
-        for gpus in counts:
-            bulk(args, folder / "few", folder / f"warm_{gpus}", gpus)
-            for run in range(args.runs):
-                row = bulk(args, folder / "photos", folder / f"out_{gpus}_{run}", gpus)
+        spread(args.photos, folder / "few", min(128, args.count))
+        bulk(args, folder / "few", folder / "warm", counts[-1])
+        taken: dict[int, float] = {}
+        for run in range(args.runs):
+            for gpus in counts:
+                if time.perf_counter() - start + taken.get(gpus, 0) > args.seconds and taken:
+                    continue
+                row, taken[gpus] = bulk(args, folder / "photos", folder / f"out_{gpus}_{run}", gpus)
                 report["rows"].append(row)
-                print(row, flush=True)
+                keep()
                 shutil.rmtree(folder / f"out_{gpus}_{run}")
-                args.output.write_text(json.dumps(report, indent=1) + "\n")
-    best = {n: max(row["images_a_second"] for row in report["rows"] if row["gpus"] == n) for n in counts}
-    report["efficiency"] = {n: round(rate / (best[counts[0]] / counts[0] * n), 3) for n, rate in best.items()}
-    print("efficiency", report["efficiency"], flush=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    keep(**scaling(report))
+
+
+def scaling(report: dict) -> dict[str, object]:
+    """The best steady rate of each number of GPUs, to that of one times their number, and to the network's alone."""
+    best: dict[int, float] = {}
+    for row in report["rows"]:
+        rate = row.get("steady", row)["images_a_second"]  # a few parts have no middle
+        best[row["gpus"]] = max(best.get(row["gpus"], 0), rate)
+    one = best[min(best)] / min(best)
+    found = {"efficiency": {n: round(rate / (one * n), 3) for n, rate in best.items()}}
+    if "alone" in report:
+        network = report["alone"]["images_a_second"]
+        found["of_the_network_alone"] = {n: round(rate / (network * n), 3) for n, rate in best.items()}
+    return found
 
 
 def spread(photos: Path, folder: Path, count: int) -> None:
@@ -102,50 +135,44 @@ def alone(args: argparse.Namespace) -> dict:
         return {"backend": str(runner.identity), "ms_of_eight": median, "images_a_second": round(8e3 / median, 1)}
 
 
-def bulk(args: argparse.Namespace, photos: Path, output: Path, gpus: int) -> dict:
-    command = [sys.executable, ROOT / "lseg_ray.py", photos, "--output", output, "--actors", gpus, "--labels", LABELS]
-    command += ["--backend", args.backend, "--precision", args.precision, "--weights", args.weights]
+def bulk(args: argparse.Namespace, photos: Path, output: Path, gpus: int) -> tuple[dict, float]:
+    """A run of the script: what was measured, and the seconds that it took."""
+    script, backend = ROOT / "lseg_ray.py", args.backend
+    if args.no_network is not None:
+        script, backend = Path(__file__).with_name("no_network_lseg_ray.py"), "onnxruntime"
+    command = [sys.executable, script, photos, "--output", output, "--actors", gpus, "--labels", LABELS]
+    command += ["--backend", backend, "--precision", args.precision, "--weights", args.weights, "--part", args.part]
     command += ["--onnx", args.onnx, "--engines", args.engines, *([] if args.no_label_maps else ["--save-labels"])]
-    start, usage = time.perf_counter(), Usage()
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    seconds, busy = time.perf_counter() - start, usage.stop()
+    environment = os.environ | {"LSEG_NETWORK_MS": str(args.no_network or 0)}
+    usage, begun = Usage(), time.time()
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    ended = time.time()
+    usage.stop()
     if done.returncode:
-        raise SystemExit(f"lseg_ray.py ended with {done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
+        raise SystemExit(f"{script.name} ended with {done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
     (found,) = re.findall(r"(\d+) images in ([\d.]+) s,", done.stdout)
-    row = {"gpus": gpus, "images": int(found[0]), "work_seconds": float(found[1]), "process_seconds": round(seconds, 1)}
-    return row | {"images_a_second": round(int(found[0]) / float(found[1]), 1)} | busy
+    row = {"gpus": gpus, "images": int(found[0]), "work_seconds": float(found[1])}
+    row |= {"process_seconds": round(ended - begun, 1), "images_a_second": round(int(found[0]) / float(found[1]), 1)}
+    times = sorted(part.stat().st_mtime for part in (output / "parts").iterdir())
+    row |= {"first_part_after_seconds": round(times[0] - begun, 1), "whole_process": usage.between(begun, ended)}
+    cut = len(times) // 8
+    first, last = times[cut], times[-1 - cut]
+    if last > first:
+        steady = {"images_a_second": round((len(times) - 1 - 2 * cut) * args.part / (last - first), 1)}
+        steady |= usage.between(first, last)
+        row["steady"] = steady | {"limit": limit(steady, gpus)}
+    return row, ended - begun
 
 
-class Usage:
-    """How many cores of the machine are busy, and each GPU's share of the time in which it is."""
-
-    def __init__(self) -> None:
-        self._gpus: list[list[float]] = []
-        self._done, self._start, self._cpu = threading.Event(), time.perf_counter(), cpu_seconds()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-
-    def _watch(self) -> None:
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-        while not self._done.wait(0.5):
-            try:
-                lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            except (OSError, subprocess.SubprocessError):
-                return  # no GPU here
-            self._gpus.append([float(line) for line in lines])
-
-    def stop(self) -> dict[str, object]:
-        self._done.set()
-        self._watcher.join()
-        seconds = time.perf_counter() - self._start
-        gpus = [round(sum(each) / len(each), 1) for each in zip(*self._gpus, strict=True)]
-        return {"busy_cores": round((cpu_seconds() - self._cpu) / seconds, 2), "gpus_busy_percent": gpus}
-
-
-def cpu_seconds() -> float:
-    """Of all cores, in any program."""
-    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+def limit(steady: dict, gpus: int) -> str:
+    """What was busy all the time."""
+    busy = sorted(steady.get("gpus_busy_percent", []))[-gpus:]
+    cores, by = steady.get("busy_cores", 0), steady.get("busy_cores_by", {})
+    if busy and sum(busy) / len(busy) >= FULL:
+        return "GPUs"
+    if cores >= FULL / 100 * len(os.sched_getaffinity(0)):
+        return f"CPU cores, most of them for: {max(by, key=by.get)}"
+    return "neither GPUs nor CPU cores: what lies between the stages, or the disk"
 
 
 if __name__ == "__main__":
