@@ -117,11 +117,13 @@ class Buffer:
         self._driver = device.driver
         self.dtype, self.size = np.dtype(dtype), int(np.prod(shape))
         self.host: np.ndarray | None = None
+        self._memory = None
         try:
             self._memory = device.driver.mem_alloc(max(1, self.size * self.dtype.itemsize))
             if host:
                 self.host = device.driver.pagelocked_empty(self.size, self.dtype)
         except device.driver.MemoryError as error:
+            self.free()
             mib = -(-self.size * self.dtype.itemsize // 2**20)
             raise UserError(f"the GPU, or the host for it, has no {mib} MiB left: close other programs") from error
 
@@ -173,6 +175,9 @@ class Graph:
     Args:
         stream: a PyCUDA stream, not the default one.
         work: enqueues the work on it; allocates nothing and waits for nothing.
+
+    Raises:
+        RuntimeError: the work cannot be captured. What `work` raises is raised too, and the stream is as it was.
     """
 
     def __init__(self, stream: object, work: Callable[[], None]):
@@ -182,21 +187,28 @@ class Graph:
         graph = ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(THREAD_LOCAL_CAPTURE))
         try:
-            work()
-        finally:
-            self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
-        try:
+            try:
+                work()
+            finally:
+                self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
             flags = ctypes.c_ulonglong(0)
             self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, flags)
         finally:
-            self._call("cuGraphDestroy", graph)
+            if graph:
+                self._library.cuGraphDestroy(graph)
 
     def launch(self) -> None:
-        self._call("cuGraphLaunch", self._executable, self._stream)
+        """Enqueues the work. UserError where the GPU fails: the first launch still takes memory."""
+        try:
+            self._call("cuGraphLaunch", self._executable, self._stream)
+        except RuntimeError as error:
+            remedy = "run nvidia-smi, close other programs, and try again"
+            raise UserError(f"the GPU failed ({error}): {remedy}") from error
 
     def close(self) -> None:
+        """Frees it. A GPU that failed refuses that as well, which tells nothing new."""
         if self._executable:
-            self._call("cuGraphExecDestroy", self._executable)
+            self._library.cuGraphExecDestroy(self._executable)
             self._executable = ctypes.c_void_p()
 
     def _call(self, name: str, *arguments: object) -> None:

@@ -203,17 +203,21 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
 
 
 def make_logger(trt):
-    """A TensorRT logger that writes warnings to log/tensorrt.log and keeps the last error."""
+    """A TensorRT logger that writes warnings to log/tensorrt.log and keeps the last error.
+
+    `no_memory` tells whether any error spoke of too little: the last one is often no more than what came of it.
+    """
     from lseg.logfile import append
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last_error = ""
+            self.last_error, self.no_memory = "", False
 
         def log(self, severity: trt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.last_error = " ".join(message.split())[:300]
+                self.no_memory = self.no_memory or "out of memory" in message.lower()
             if severity not in (trt.ILogger.Severity.INFO, trt.ILogger.Severity.VERBOSE):
                 append("tensorrt.log", f"{severity.name}: {message}")
 

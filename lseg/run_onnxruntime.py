@@ -36,6 +36,9 @@ def open_session(path: Path, remedy: str, providers: list | None = None) -> ort.
         raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: {remedy}")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors come as exceptions; the rest is not for the user
+    # A plan of memory is kept for each shape, and run in a block of its own: each number of images and of labels would
+    # take new memory, which is never given back.
+    options.enable_mem_pattern = False
     options.intra_op_num_threads = int(os.environ.get("LSEG_THREADS", 0))  # 0: one a core; several processes share them
     try:
         providers = providers or default_providers()

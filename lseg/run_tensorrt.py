@@ -166,6 +166,7 @@ class TensorRTRunner:
         """The texts' address on the GPU, where they stay until others come. The stream's work must be done."""
         buffer = self.stages.buffer("text", LABELS_A_PASS * self.stages.dimension, host=True)
         if self._text is None or self._text.shape != text.shape or not np.array_equal(self._text, text):
+            self._text = None  # whatever happens before they are there
             buffer.write(self.stages.stream, text)
             self._text = text.copy()
         return buffer.address
@@ -216,7 +217,7 @@ class TensorRTRunner:
                     self._graphs.pop(next(iter(self._graphs))).close()
                 try:
                     self._graphs[key] = Graph(stages.stream, work)
-                except (RuntimeError, self.device.driver.Error):
+                except (RuntimeError, UserError, self.device.driver.Error):
                     pass  # others' work in the context can forbid it; what is wanted has run already
         stages.stream.synchronize()
         return labels.host[:size].reshape(shape).copy(), self._read(cosines, shape, best)

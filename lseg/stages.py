@@ -49,8 +49,13 @@ class Stages:
         self._buffers: dict[str, Buffer] = {}
         places = np.zeros((MAX_BATCH, 4), np.int32)
         places[:, 0] = np.arange(MAX_BATCH)
-        self.whole_places = self._constant("whole_places", places)  # windows that are whole photos, one after the other
-        self.whole_shares = self._constant("whole_shares", np.ones(self.size, np.float32))  # no pixel is covered twice
+        try:
+            # Windows that are whole photos, one after the other, in which no pixel is covered twice.
+            self.whole_places = self._constant("whole_places", places)
+            self.whole_shares = self._constant("whole_shares", np.ones(self.size, np.float32))
+        except BaseException:
+            self.close()
+            raise
 
     def batches(self, count: int) -> Iterator[slice]:
         """Images in the runs that the image encoder takes: as many eights as there are, the rest one by one."""

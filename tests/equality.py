@@ -13,10 +13,10 @@ ONNX Runtime, and the TensorRT runner runs on the stand-in GPU with tiny random 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
+import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from equality_cases import (  # noqa: E402
     expect,
     gap,
 )
+from equality_variants import FORMS, Open, stand_in_world, world  # noqa: E402
 
 from lseg.benchmark import machine, one_line  # noqa: E402
 from lseg.errors import Parser, UserError, run  # noqa: E402
@@ -45,10 +46,9 @@ from lseg.files import write_files  # noqa: E402
 from lseg.image import read_image  # noqa: E402
 from lseg.inference import label_photo  # noqa: E402
 from lseg.onnx_file import IMAGE_ONNX, read_metadata  # noqa: E402
-from lseg.recipes import Recipe  # noqa: E402
-from lseg.runner import EngineOptions, Runner, Segmentation, Timings, merge_passes  # noqa: E402
+from lseg.runner import Runner  # noqa: E402
 from lseg.tokenizer import Tokenizer  # noqa: E402
-from lseg.variants import BOUNDS, open_variant, variants_here  # noqa: E402
+from lseg.variants import BOUNDS  # noqa: E402
 from lseg.windows import MODES  # noqa: E402
 
 
@@ -67,8 +67,8 @@ LIMITS = {
     "fp32": Limit(BOUNDS["fp32"].label_agreement, BOUNDS["fp32"].label_agreement, 2e-5),
     **{p: Limit(BOUNDS[p].label_agreement, 0.0, BOUNDS[p].relative_difference) for p in ("tf32", "fp16", "bf16")},
 }
-FORMS = (("fp32", "4d"), ("fp32", "3d"), ("fp32", "2d"), ("fp16", "4d"), ("fp16", "2d"))
-Open = Callable[[], contextlib.AbstractContextManager[Runner]]
+
+TELL = 30  # seconds between lines about how far it is
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", type=Path, default=ROOT / "engines")
     parser.add_argument("--reference", type=Path, help="what --save-reference wrote elsewhere")
     parser.add_argument("--save-reference", type=Path, metavar="FILE.npz")
-    parser.add_argument("--output", type=Path, help="JSON of all figures")
+    parser.add_argument("--output", type=Path, help="JSON of all figures, kept up to date as it goes")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="where a variant is cut short, and what follows")
     args = parser.parse_args(argv)
     args.modes = [mode.strip() for mode in args.modes.split(",")]
     for mode in args.modes:
@@ -96,17 +97,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    report = {"seed": args.seed, "weights": Path(args.weights).stem, "machine": machine(), "batches": BATCHES,
+    photos = {"whole": args.images, "window": args.window, "multiscale": args.multiscale}
+    photos = {mode: photos[mode] for mode in args.modes}
+    report = {"seed": args.seed, "photos": photos, "weights": Path(args.weights).stem,
+              "machine": machine(), "batches": BATCHES,
               "labels_at_most": {mode: LABELS[mode] for mode in args.modes}, "cosines_at_every": STRIDE,
               "limits": {name: vars(limit) for name, limit in LIMITS.items()}, "variants": {}}  # fmt: skip
     own = world(args)
-    chosen = [name for name in own if wanted(args, name)]
-    tiny = [f"standin-{p}-{m}" for p, m in FORMS if wanted(args, f"standin-{p}-{m}")] if has_torch() else []
     known = [*own, *(f"standin-{p}-{m}" for p, m in FORMS)]
     for part in args.variants.split(","):
         if part != "all" and not any(f"{name}-".startswith(f"{part}-") for name in known):
             raise UserError(f"this machine cannot run '{part}': give 'all' or some of {', '.join(known)}")
+    chosen = [name for name in known if wanted(args, name, known)]
+    tiny = [name for name in chosen if name not in own] if has_torch() else []
+    chosen = [name for name in chosen if name in own]
     start = time.perf_counter()
+    args.deadline = start + 60 * args.minutes
     if chosen or args.save_reference:
         check_all(args, report, {name: own[name] for name in chosen}, args.weights, args.onnx)
     if tiny:
@@ -115,103 +121,21 @@ def main(args: argparse.Namespace) -> int:
     report["seconds"] = round(time.perf_counter() - start)
     save(args, report)
     failed = [name for name, entry in report["variants"].items() if entry.get("failures") or "error" in entry]
+    cut = [name for name, entry in report["variants"].items() if entry.get("cut_short")]
     print("failed: " + ", ".join(failed) if failed else "all within their limits", flush=True)
-    return 1 if failed else 0
+    if cut:
+        print("cut short by --minutes: " + ", ".join(cut), flush=True)
+    return 1 if failed or cut else 0
 
 
-def wanted(args: argparse.Namespace, name: str) -> bool:
-    """A name is chosen by itself, by "all", or by parts that it begins with."""
-    return any(part == "all" or f"{name}-".startswith(f"{part}-") for part in args.variants.split(","))
+def wanted(args: argparse.Namespace, name: str, known: list[str]) -> bool:
+    """A name is chosen by itself, by "all", or by a part that it begins with and that is no name itself."""
+    parts = args.variants.split(",")
+    return any(part in ("all", name) or (part not in known and name.startswith(f"{part}-")) for part in parts)
 
 
 def has_torch() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("torch") is not None
-
-
-def world(args: argparse.Namespace) -> dict[str, tuple[str, Open]]:
-    """Of each variant of this machine its precision, and what opens it."""
-    found = {}
-    for variant in variants_here():
-        opener = lambda variant=variant: open_variant(variant, args.weights, args.onnx, args.engines)  # noqa: E731
-        found[variant.name] = (variant.precision, opener)
-    for precision, matmul in FORMS:
-        opener = lambda p=precision, m=matmul: contextlib.closing(GraphRunner(args.onnx, p, m))  # noqa: E731
-        found[f"graph-{precision}-{matmul}"] = (precision, opener)
-    return found
-
-
-class GraphRunner:
-    """What TensorRT's engines and `--label-map` files are made of, run by ONNX Runtime: whole photos only."""
-
-    def __init__(self, folder: Path, precision: str, matmul: str):
-        import onnxruntime
-
-        recipe = Recipe(folder, read_metadata(folder / IMAGE_ONNX)["image_config"], precision, matmul)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.image, self.text = (
-            onnxruntime.InferenceSession(recipe.prepare(name).SerializeToString(), options, ["CPUExecutionProvider"])
-            for name in ("labels", "text")
-        )
-        self.image_size = recipe.config["image_size"]
-        self.batch = 1 if matmul == "2d" else max(BATCHES)
-        self.identity = f"ONNX Runtime {onnxruntime.__version__} (CPU), {precision}, {matmul} MatMuls"
-
-    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [self.text.run(None, {"tokens": tokens[i : i + 50]})[0] for i in range(0, len(tokens), 50)]
-        )
-
-    def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
-        found = []
-        for start in range(0, len(pixels), self.batch):
-            part = pixels[start : start + self.batch]
-
-            def score(group: np.ndarray, part: np.ndarray = part) -> tuple[np.ndarray, np.ndarray]:
-                labels, cosines = self.image.run(["labels", "best"], {"pixels": part, "text": group})
-                return labels.astype(np.int32), cosines
-
-            found.append(merge_passes(text, len(part), score))
-        labels, cosines = (np.concatenate(values) for values in zip(*found, strict=True))
-        return Segmentation(labels, cosines, Timings())
-
-    def close(self) -> None:
-        self.image = self.text = None
-
-
-@contextlib.contextmanager
-def stand_in_world(seed: int, names: list[str]) -> Iterator[tuple[str, Path, dict[str, tuple[str, Open]]]]:
-    """Tiny random weights, exported, and the TensorRT runner on the stand-in GPU for the named variants."""
-    import pytest
-    from checkpoints import write_tiny
-    from conftest import export_all
-
-    from tests.gpu_stand_in import compile_kernels, stand_in
-
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        folder = Path(name)
-        try:
-            library = compile_kernels(folder)
-        except pytest.skip.Exception as reason:
-            print(f"the stand-in GPU is left out: {reason}", flush=True)
-            yield "", folder, {}
-            return
-        weights = write_tiny(folder / "tiny.safetensors", seed).path
-        exported = export_all(str(weights), folder / "onnx")
-        stand_in(patch, library)
-        openers = {}
-        for variant in names:
-            _, precision, matmul = variant.split("-")
-
-            def opener(precision: str = precision, matmul: str = matmul) -> Runner:
-                from lseg.run_tensorrt import TensorRTRunner
-
-                return TensorRTRunner(*exported, EngineOptions(folder, precision, matmul))
-
-            openers[variant] = (precision, opener)
-        yield exported.weights, exported.folder, openers
 
 
 def check_all(
@@ -221,8 +145,7 @@ def check_all(
     """Runs the reference and the variants over the same groups, one after the other. `own`: not the tiny weights."""
     if not variants and not args.save_reference:
         return
-    tokens, counts = Tokenizer()(WORDS), {"whole": args.images, "window": args.window, "multiscale": args.multiscale}
-    counts = {mode: counts[mode] for mode in args.modes}
+    tokens, counts = Tokenizer()(WORDS), report["photos"]
     metadata = read_metadata(onnx / IMAGE_ONNX)
     size, dimension = (metadata["image_config"][key] for key in ("image_size", "embedding"))
     about = f"seed {args.seed}, {counts}, weights {metadata['weights_sha256'][:12]}"
@@ -254,28 +177,34 @@ def check_all(
     for name, (precision, opener) in variants.items():
         entry = report["variants"][name] = {"weights": Path(weights).stem, "precision": precision}
         start = time.perf_counter()
+
+        def keep(entry: dict = entry, start: float = start) -> None:
+            entry["seconds"] = round(time.perf_counter() - start)
+            entry["peak_mib_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            save(args, report)
+
         try:
             with opener() as runner:
                 entry["identity"] = str(runner.identity)
                 text = runner.encode_text(tokens)
                 entry["largest_difference_of_words"] = float(np.abs(text - reference.words).max())
-                entry |= compare(runner, name, groups, text, reference.found, LIMITS[precision])
+                pairs = progress(list(zip(groups, reference.found, strict=True)), name, args.deadline, keep)
+                entry["cut_short"] = compare(entry, pairs, runner, text, LIMITS[precision]) < len(groups)
         except Exception as error:  # whatever a backend throws is its result; the others still have theirs
             entry["error"] = one_line(error)
-        entry["seconds"] = round(time.perf_counter() - start)
+        keep()
         print(f"{name}: {json.dumps({k: v for k, v in entry.items() if k != 'failures'})}", flush=True)
         for failure in entry.get("failures", ())[:5]:
             print(f"  {failure}", flush=True)
-        save(args, report)
 
 
 def compare(
-    runner: Runner, name: str, groups: list[Group], words: np.ndarray, found: list[list[Expected]], limit: Limit
-) -> dict:
-    """One variant's figures by mode, and what broke its limits."""
-    modes: dict[str, dict] = {}
-    failures, shares = [], {}
-    for index, (group, expected) in enumerate(progress(list(zip(groups, found, strict=True)), name)):
+    entry: dict, pairs: Iterator[tuple[Group, list[Expected]]], runner: Runner, words: np.ndarray, limit: Limit
+) -> int:
+    """Fills in one variant's figures by mode, and what broke its limits; returns how many groups there were."""
+    modes, failures, shares = entry.setdefault("modes", {}), entry.setdefault("failures", []), {}
+    index = -1
+    for index, (group, expected) in enumerate(pairs):
         if MODES[group.mode].scales and not hasattr(runner, "label_windows"):
             continue
         text = group.text(words)
@@ -297,6 +226,8 @@ def compare(
             figures["differing_pixels"] += int(differs.sum())
             figures["largest_cosine_difference"] = max(figures["largest_cosine_difference"], off)
             figures["largest_gap"] = max(figures["largest_gap"], widest)
+            figures["mean_percent"] = float(np.mean(shares[group.mode]))
+            figures["worst_percent"] = min(shares[group.mode])
             where = f"{group.mode}, group {index}, photo {place} {group.photos[place].shape[:2]}, {len(text)} labels"
             if not widest <= limit.gap:
                 failures.append(f"{where}: a pixel with a gap of {widest:.2e} has another label")
@@ -305,16 +236,23 @@ def compare(
             if not off <= limit.gap:
                 failures.append(f"{where}: a cosine is off by {off:.2e}")
     for mode, figures in modes.items():
-        figures["mean_percent"], figures["worst_percent"] = float(np.mean(shares[mode])), min(shares[mode])
         if figures["mean_percent"] < limit.mean:
             failures.append(f"{mode}: {figures['mean_percent']:.3f} % of labels equal on average")
-    return {"modes": modes, "failures": failures}
+    return index + 1
 
 
-def progress(steps: list, title: str) -> Iterator:
-    from tqdm import tqdm
-
-    return tqdm(steps, desc=title, disable=None, leave=False)
+def progress(steps: list, title: str, deadline: float = np.inf, keep: Callable[[], object] = lambda: None) -> Iterator:
+    """The steps before the deadline; in between tells how far it is, and calls `keep`."""
+    start = told = time.perf_counter()
+    for index, step in enumerate(steps):
+        now = time.perf_counter()
+        if now > deadline:
+            return
+        if now - told > TELL:
+            print(f"{title}: {index} of {len(steps)} groups in {now - start:.0f} s", flush=True)
+            keep()
+            told = now
+        yield step
 
 
 def save(args: argparse.Namespace, report: dict) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lseg.accuracy import save_arrays, saved_arrays
 from lseg.errors import UserError
 from lseg.image import to_pixels
-from lseg.runner import Runner, Timings
-from lseg.windows import MODES, _scale_scores, resize_aligned
+from lseg.windows import MODES, Inference, resize_aligned, scaled_size, windows
+
+if TYPE_CHECKING:
+    import torch
+
+    from lseg.run_torch import TorchRunner
 
 BATCHES = (1, 2, 3, 5, 8)
 SIDE = 900  # of the largest photo
@@ -100,41 +105,80 @@ def _draw_photo(rng: np.random.Generator, source: np.ndarray) -> np.ndarray:
     return source[top : top + height, left : left + width, rng.permutation(3)]
 
 
-def expect(runner: Runner, group: Group, text: np.ndarray) -> list[Expected]:
-    """The reference's answers, from its score maps."""
-    how, size = MODES[group.mode], runner.image_size
-    if not how.scales:
-        images = group.inputs(size).transpose(0, 3, 1, 2).astype(np.float32) * np.float32(2 / 255) - 1
-        return [
-            _top_two(lambda part, image=image: runner.scores(image[None], part)[0], text)
-            for image in np.ascontiguousarray(images)
-        ]
+def expect(runner: TorchRunner, group: Group, text: np.ndarray) -> list[Expected]:
+    """The reference's answers, from PyTorch's score maps: each photo, and each window, is encoded alone and once."""
+    import torch
 
-    def score(photo: np.ndarray, part: np.ndarray) -> np.ndarray:
-        maps = (_scale_scores(runner.scores, size, photo, part, s, how.mirror, Timings()) for s in how.scales)
-        total = sum(resize_aligned(scores, *photo.shape[:2]) for scores in maps)
-        return total / np.float32(len(how.scales) * (1 + how.mirror))
-
-    return [_top_two(lambda part, photo=photo: score(photo, part), text) for photo in group.photos]
+    texts, size = torch.from_numpy(text).to(runner.device), runner.image_size
+    with torch.inference_mode():
+        if MODES[group.mode].scales:
+            return [_expect_windows(runner, photo, texts, MODES[group.mode]) for photo in group.photos]
+        found = []
+        for pixels in group.inputs(size):
+            image = pixels.transpose(2, 0, 1)[None].astype(np.float32) * np.float32(2 / 255) - 1
+            embeddings = runner._embed(np.ascontiguousarray(image))
+            found.append(_top_two(lambda a, b, e=embeddings: runner.scoring(e, texts[a:b])[2][0], len(texts)))
+        return found
 
 
-def _top_two(score, text: np.ndarray) -> Expected:
-    """From `score`, texts [n, D] to cosines [n, h, w], to the first best label and how far the second is behind."""
+def _expect_windows(runner: TorchRunner, photo: np.ndarray, texts: torch.Tensor, how: Inference) -> Expected:
+    """Scores of windows, averaged where they overlap, brought to the photo's size by two products, and summed up."""
+    import torch
+
+    size, maps = runner.image_size, []
+    for scale in how.scales:
+        height, width = scaled_size(*photo.shape[:2], scale, size)
+        image = resize_aligned(photo.transpose(2, 0, 1).astype(np.float32), height, width) * np.float32(2 / 255) - 1
+        total = torch.zeros((len(texts), height, width), device=runner.device)
+        count = torch.zeros((height, width), device=runner.device)
+        for top, left in windows(height, width, size):
+            piece = image[:, top : top + size, left : left + size]
+            window = np.full((1, 3, size, size), np.float32(-1))
+            window[0, :, : piece.shape[1], : piece.shape[2]] = piece
+            scores = runner.scoring(runner._embed(window), texts)[2][0]
+            if how.mirror:
+                mirrored = np.ascontiguousarray(window[..., ::-1])
+                scores = (scores + runner.scoring(runner._embed(mirrored), texts)[2][0].flip(2)) / 2
+            here = np.s_[top : top + piece.shape[1], left : left + piece.shape[2]]
+            total[(slice(None), *here)] += scores[:, : piece.shape[1], : piece.shape[2]]
+            count[here] += 1
+        maps.append(total / count / len(how.scales))
+    hats = [[_hats(m.shape[1 + axis], photo.shape[axis], runner.device) for axis in (0, 1)] for m in maps]
+
+    def score(start: int, stop: int) -> torch.Tensor:
+        return sum(down @ m[start:stop] @ across.T for m, (down, across) in zip(maps, hats, strict=True))
+
+    return _top_two(score, len(texts))
+
+
+def _hats(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """float32 [target, source], what resizes an axis bilinearly, the ends of both grids coinciding."""
+    import torch
+
+    at = np.arange(target) * ((source - 1) / (target - 1) if target > 1 else 0.0)
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(source)))
+    return torch.from_numpy(weights.astype(np.float32)).to(device)
+
+
+def _top_two(score: Callable[[int, int], torch.Tensor], texts: int) -> Expected:
+    """From the cosines [n, h, w] of texts a to b to the first best label, and how far behind it the second is."""
+    import torch
+
     labels = best = second = None
-    for start in range(0, len(text), GROUP):
-        scores = score(text[start : start + GROUP])
-        more = scores.argmax(axis=0)[None]
-        top = np.take_along_axis(scores, more, 0)[0]
-        np.put_along_axis(scores, more, -np.inf, 0)
-        behind = scores.max(axis=0)
+    for start in range(0, texts, GROUP):
+        scores = score(start, min(start + GROUP, texts))
+        more = scores.argmax(dim=0, keepdim=True)
+        top = scores.gather(0, more)[0]
+        behind = scores.scatter(0, more, -np.inf).amax(dim=0)
         if labels is None:
             labels, best, second = more[0], top, behind
             continue
-        second = np.maximum(np.maximum(second, behind), np.minimum(best, top))
-        labels = np.where(top > best, more[0] + start, labels)
-        best = np.maximum(best, top)
-    steps = np.ceil(STEPS * np.log2(np.maximum(best - second, SMALLEST) / SMALLEST))
-    return Expected(labels.astype(np.uint16), np.minimum(steps, 255).astype(np.uint8), best[::STRIDE, ::STRIDE])
+        second = torch.maximum(torch.maximum(second, behind), torch.minimum(best, top))
+        labels = torch.where(top > best, more[0] + start, labels)
+        best = torch.maximum(best, top)
+    steps = torch.ceil(STEPS * torch.log2((best - second).clamp(min=SMALLEST) / SMALLEST)).clamp(max=255)
+    labels, steps, best = (values.cpu().numpy() for values in (labels, steps, best[::STRIDE, ::STRIDE]))
+    return Expected(labels.astype(np.uint16), steps.astype(np.uint8), np.ascontiguousarray(best))
 
 
 def gap(steps: np.ndarray) -> np.ndarray:

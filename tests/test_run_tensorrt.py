@@ -204,9 +204,12 @@ def test_wrong_shapes_are_told(opened, seed):
         runner.label_windows(pixels[0], text, Inference((1.0,) * 9), False, Timings())
 
 
-def test_a_graph_that_cannot_be_captured_is_done_without(opened, torch_runner, seed, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, UserError])
+def test_a_graph_that_cannot_be_captured_is_done_without(opened, torch_runner, seed, monkeypatch, kind):
+    """The driver ends the capture, or TensorRT does not enqueue in it: what was wanted has run before."""
+
     def refuse(*_: object) -> None:
-        raise RuntimeError("cuStreamEndCapture failed with CUDA error 901")
+        raise kind("cuStreamEndCapture failed with CUDA error 901")
 
     monkeypatch.setattr(run_tensorrt, "Graph", refuse)
     rng, runner = np.random.default_rng(seed), opened()
@@ -263,3 +266,27 @@ def test_a_gpu_without_memory_for_a_context_is_told(library, monkeypatch, tiny, 
     monkeypatch.setattr(driver.Device, "retain_primary_context", refuse)
     with pytest.raises(UserError, match="the GPU has no memory left .cuDevice.*: close other programs"):
         TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d"))
+
+
+def test_half_a_buffer_is_given_back(opened, driver, monkeypatch, seed):
+    """There is memory on the GPU, and none on the host for its twin: afterwards `opened` asks for every byte."""
+    rng, runner = np.random.default_rng(seed), opened()
+
+    def refuse(*_: object) -> None:
+        raise driver.MemoryError("cuMemHostAlloc failed: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "pagelocked_empty", refuse, raising=False)
+        before = driver.allocated
+        with pytest.raises(UserError, match="or the host for it, has no [1-9][0-9]* MiB left"):
+            runner.segment(*draw(rng, 1, 3))
+        assert driver.allocated == before
+    runner.segment(*draw(rng, 1, 3))
+
+
+def test_a_gpu_that_fills_up_while_it_is_opened(library, monkeypatch, tiny, tmp_path):
+    """There is room for the first array, not for the second."""
+    driver = stand_in(monkeypatch, library, limit=200)
+    with pytest.raises(UserError, match="has no 1 MiB left"):
+        TensorRTRunner(*tiny, EngineOptions(tmp_path, "fp32", "4d"))
+    assert (driver.allocated, driver.depth, driver.retained) == (0, 0, 0)
