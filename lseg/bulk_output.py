@@ -160,8 +160,13 @@ class Output:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX if begin else fcntl.LOCK_SH)
             if begin:
-                file.truncate()
-                file.write(self.run.encode())
+                try:
+                    file.truncate()
+                    file.write(self.run.encode())
+                except OSError as error:
+                    raise UserError(
+                        f"{self.where} cannot be written ({error.strerror}); choose another --output"
+                    ) from None
             elif file.read() != self.run.encode():
                 raise UserError(f"another run has begun to write to {self.where}: this one ends")
             yield
