@@ -101,7 +101,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--unknown", type=float, metavar="T", help="leave pixels unlabelled whose best cosine is below T, -1 to 1"
     )
-    parser.add_argument("--resume", action="store_true", help="leave out photos whose files are there already")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out photos whose files are there already, made with the same"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser.parse_args(argv)
 
@@ -119,20 +121,23 @@ def main(args: argparse.Namespace) -> int:
 
 def segment_the_photos(args: argparse.Namespace) -> int:
     from lseg.labels import label_dtype
-    from lseg.photos import open_tasks, segment_photos
+    from lseg.photos import made_otherwise, open_tasks, segment_photos
 
-    wanted = what_is_wanted(args)
     vocabulary, *prompts = read_texts(args)
+    wanted = what_is_wanted(args, vocabulary, prompts[0])
     label_dtype(len(vocabulary.labels.names))  # says so now if a label map cannot hold that many
     photos, notes = find_photos(args)
     for note in (*vocabulary.labels.notes, *notes):
         speaker(args)(f"note: {note}")
+    tasks = open_tasks(photos, wanted, vocabulary.labels.names)
+    if wanted.resume and (others := made_otherwise(tasks, wanted)):
+        speaker(args)(f"note: {others} pictures were made with other labels, weights or options, and are made anew")
 
     def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:
         text, kept = embed(args, vocabulary, *prompts, runner, timings)
         return segment_photos(tasks, runner, text, vocabulary, wanted, timings, speaker(args)), kept
 
-    return run_photos(args, photos, open_tasks(photos, wanted), args.output, work)
+    return run_photos(args, photos, tasks, args.output, work)
 
 
 def write_features_of(args: argparse.Namespace) -> int:
@@ -275,8 +280,9 @@ def run_photos(
     return 2 if bad else 0
 
 
-def what_is_wanted(args: argparse.Namespace) -> Wanted:
+def what_is_wanted(args: argparse.Namespace, vocabulary: Vocabulary, templates: list[str]) -> Wanted:
     """What to make of each photo."""
+    from lseg.made_with import digest
     from lseg.photos import Wanted
 
     return Wanted(
@@ -289,6 +295,7 @@ def what_is_wanted(args: argparse.Namespace) -> Wanted:
         rle=args.rle,
         resume=args.resume,
         quiet=args.quiet,
+        made_with=digest(args.weights, args.text_onnx, vocabulary, templates, args.inference, args.unknown),
     )
 
 

@@ -92,6 +92,7 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
     output.prepare()
     with output.held():
         job = check_job(output, describe_job(args, vocabulary, templates), args.resume)
+        output.take_over()
         left = left_to_do(rows, output.done(), output.where)
         if len(left) < len(rows):
             say(f"note: {len(rows) - len(left)} of {len(rows)} images are done already")

@@ -268,7 +268,7 @@ def train_student(
     forward = torch.compile(forward_student) if args.compile else forward_student
     history: list[dict] = []
     bar = tqdm(range(args.steps), desc="image", unit="step", mininterval=5, disable=None)
-    start = time.time()
+    start = time.perf_counter()
     for step in bar:
         images, masks = sample_crops(train, args.batch, config.image_size, generator)
         text, named = words.draw()
@@ -288,7 +288,7 @@ def train_student(
             text = words.canonical()
             iou = evaluate(lambda x: score_images(average.module.eval(), x, text), val, config.image_size)  # noqa: B023
             history.append(
-                {"step": step + 1, "seconds": time.time() - start, **losses, "val_miou": float(np.mean(iou))}
+                {"step": step + 1, "seconds": time.perf_counter() - start, **losses, "val_miou": float(np.mean(iou))}
             )
             tqdm.write(json.dumps(history[-1]))
     return average.module.eval(), history

@@ -74,7 +74,7 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
         yield
         return
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONUTF8": "1"}}}
     options |= {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if address:
         _check_address(address)

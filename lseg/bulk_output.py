@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 JOB, PARTS = "job.json", "parts"
+RUN = ".run.lock"  # tells the run that may write
 FORMAT = 1  # of the parts and the job file
 
 
@@ -37,6 +38,7 @@ class Output:
     def __init__(self, where: str):
         self.where = where.rstrip("/") if URI.match(where) else os.path.abspath(where)
         self.local = not URI.match(where)
+        self.run: str | None = None  # which run it belongs to; None before `take_over`
 
     def prepare(self) -> None:
         """Proves that it can be written; UserError where it cannot."""
@@ -48,9 +50,10 @@ class Output:
             files.delete_file(f"{base}/{PARTS}/.probe")
 
     def write(self, contents: Mapping[str, bytes]) -> None:
-        """Writes files; UserError where the disk is full or the store refuses."""
+        """Writes files; UserError where the disk is full, the store refuses, or a later run has taken over."""
         if self.local:
-            write_files({Path(self.where, name): data for name, data in contents.items()})
+            with self._turn():
+                write_files({Path(self.where, name): data for name, data in contents.items()})
             return
         files, base = self._open()
         direct = self.where.partition("://")[0] in BUCKETS  # whose files appear when they are complete
@@ -140,6 +143,47 @@ class Output:
             yield
         finally:
             os.close(handle)
+
+    def take_over(self) -> None:
+        """Lets only this object and its copies write to a local folder from now on.
+
+        Workers may outlive the process of a run that was killed for a moment: what they wrote after the next run has
+        looked at what is done would be there twice. In an object store nothing keeps them from that.
+        """
+        if self.local:
+            self.run = os.urandom(8).hex()
+            with self._turn(begin=True):
+                pass
+
+    @contextmanager
+    def _turn(self, begin: bool = False) -> Iterator[None]:
+        """Lets the runs of a folder write by turns, and one that is over not at all."""
+        if self.run is None:
+            yield
+            return
+        try:
+            handle = os.open(os.path.join(self.where, RUN), os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.where} cannot be written ({error.strerror}); choose another --output") from None
+        with open(handle, "r+b", buffering=0) as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX if begin else fcntl.LOCK_SH)
+            if begin:
+                try:
+                    file.truncate()
+                    file.write(self.run.encode())
+                except OSError as error:
+                    raise UserError(
+                        f"{self.where} cannot be written ({error.strerror}); choose another --output"
+                    ) from None
+            elif file.read() != self.run.encode():
+                raise UserError(f"another run has begun to write to {self.where}: this one ends")
+            yield
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        files, base = self._open()
+        return files.get_file_info(f"{base}/{name}").is_file
 
     def _open(self) -> tuple[pyarrow.fs.FileSystem, str]:
         import pyarrow.fs as pafs

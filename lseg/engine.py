@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -198,7 +198,8 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
         )
         raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): {remedy}")
     if cache is not None:
-        write_files({cache_file: bytes(config.get_timing_cache().serialize())})
+        with suppress(UserError):  # a disk without room for what only saves time; minutes' work is not lost by that
+            write_files({cache_file: bytes(config.get_timing_cache().serialize())})
     return bytes(serialized)
 
 

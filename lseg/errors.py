@@ -60,6 +60,7 @@ def run(main: Callable[[], int | None]) -> None:
     What the operating system refuses somewhere unforeseen (a disk that is full, a name that is too long) is a UserError
     too, as far as it can say.
     """
+    _read_names_as_utf8()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
@@ -84,3 +85,10 @@ def run(main: Callable[[], int | None]) -> None:
         print("\nerror: interrupted; what was finished before stays", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _read_names_as_utf8() -> None:
+    """Starts Python again where a locale without UTF-8 would let no other name or label through than ASCII's."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -113,7 +113,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, gone afterwards; UserError where none can be made."""
+    """A temporary folder beside `path`, gone afterwards; UserError where none can be made or its name is none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path.parent}: its name is not valid UTF-8, which ONNX needs: choose another folder"
+        ) from None
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -48,13 +49,26 @@ def write_files(files: Mapping[Path, bytes]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.parent not in folders:
                     folders[path.parent] = stack.enter_context(unfinished(path.parent))
-                (folders[path.parent] / path.name).write_bytes(data)
+                _write(folders[path.parent] / path.name, data)
             for path in list(files)[1:]:
                 path.unlink(missing_ok=True)
             for path in files:
                 os.replace(folders[path.parent] / path.name, path)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file and waits until the disk has it: a power cut after the move leaves no empty file of its name."""
+    with open(path, "wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that know no such thing
+                raise
 
 
 @contextmanager

@@ -132,8 +132,12 @@ def write_image(path: str | Path, rgb: np.ndarray) -> None:
         raise UserError(f"{path}: pictures are written as PNG or JPEG; give a name that ends in .png or .jpg")
     if suffix != ".png" and max(rgb.shape) > 65535:
         raise UserError(f"{path}: a JPEG holds at most 65535 pixels a side; give a name that ends in .png")
-    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
-    write_files({path: cv2.imencode(suffix, bgr)[1].tobytes()})  # JPEG at OpenCV's quality of 95
+    write_files({path: encode_image(rgb, suffix)})
+
+
+def encode_image(rgb: np.ndarray, suffix: str = ".png") -> bytes:
+    """A picture's file: uint8 [H, W, 3] as PNG, or as JPEG at OpenCV's quality of 95."""
+    return cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def read_bytes(path: str | Path) -> bytes:

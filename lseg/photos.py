@@ -15,9 +15,10 @@ from tqdm import tqdm
 from lseg.draw import overlay, panel, shares
 from lseg.errors import UserError
 from lseg.files import write_files
-from lseg.image import decode_image, normalise, to_pixels, write_image
+from lseg.image import decode_image, encode_image, normalise, to_pixels
 from lseg.inference import label_photo
-from lseg.labels import palette, save_label_map
+from lseg.labels import label_map_files, palette
+from lseg.made_with import made_with, stamped
 from lseg.pipeline import overlapped
 from lseg.results import JsonLines, describe, mark_unknown, photos_in
 from lseg.runner import Runner, Timings
@@ -44,6 +45,7 @@ class Wanted:
         rle: add masks to the lines.
         resume: leave out photos whose files are there, and go on with the lines.
         quiet: no progress bar.
+        made_with: the digest of what decides the labels, which pictures tell: to resume, one with another is not done.
     """
 
     output: Path
@@ -55,6 +57,7 @@ class Wanted:
     rle: bool = False
     resume: bool = False
     quiet: bool = False
+    made_with: str = ""
 
 
 class Made(NamedTuple):
@@ -67,19 +70,34 @@ class Made(NamedTuple):
     taken: Timings
 
 
-def open_tasks(photos: Sequence[Photo], wanted: Wanted) -> list[Task]:
-    """The photos to segment; to resume, without those that are done."""
+def open_tasks(photos: Sequence[Photo], wanted: Wanted, names: Sequence[str] = ()) -> list[Task]:
+    """The photos to segment; to resume, without those that are done, with these labels' names."""
     tasks = list(zip(photos, output_names(photos, wanted.output), strict=True))
     if not wanted.resume:
         return tasks
-    told = photos_in(wanted.lines) if wanted.lines else None
+    told = photos_in(wanted.lines, names) if wanted.lines else None
     ends = [PICTURE, *([LABEL_MAP, MEANING] if wanted.labels else []), *([SCORES] if wanted.scores else [])]
 
     def done(task: Task) -> bool:
-        there = all((wanted.output / f"{task[1]}{end}").exists() for end in ends)
-        return there and (told is None or task[0].shown in told)
+        start = wanted.output / task[1]
+        there = all(_with(start, end).exists() for end in ends)
+        return there and _made_alike(start, wanted) and (told is None or task[0].shown in told)
 
     return [task for task in tasks if not done(task)]
+
+
+def made_otherwise(tasks: Sequence[Task], wanted: Wanted) -> int:
+    """How many of the photos have a picture that another run made, with something else."""
+    starts = [wanted.output / name for _, name in tasks]
+    return sum(_with(start, PICTURE).exists() and not _made_alike(start, wanted) for start in starts)
+
+
+def _made_alike(start: Path, wanted: Wanted) -> bool:
+    return made_with(_with(start, PICTURE)) == (wanted.made_with or None)
+
+
+def _with(start: Path, end: str) -> Path:
+    return start.with_name(f"{start.name}{end}")
 
 
 def segment_photos(
@@ -110,17 +128,22 @@ def segment_photos(
 
     def store(task: Task, made: Made) -> tuple[Path, dict, Timings]:
         start = wanted.output / task[1]
-        picture = start.with_name(f"{start.name}{PICTURE}")
+        picture = _with(start, PICTURE)
 
         def draw() -> None:
-            overlaid = overlay(made.photo, made.labels, colours)
-            write_image(picture, panel(made.photo, overlaid, names, colours, shares(made.labels, len(names))))
+            """The picture comes last and vouches for the others: they are of the same run."""
+            files: dict[Path, bytes] = {}
             if wanted.labels:
-                save_label_map(start.with_name(f"{start.name}{LABEL_MAP}"), made.labels, names, colours)
+                path = _with(start, LABEL_MAP)
+                png, meaning = label_map_files(path.name, made.labels, names, colours)
+                files |= {path: png, _with(start, MEANING): meaning}
             if wanted.scores:
                 file = io.BytesIO()
                 np.save(file, made.scores)
-                write_files({start.with_name(f"{start.name}{SCORES}"): file.getvalue()})
+                files[_with(start, SCORES)] = file.getvalue()
+            overlaid = overlay(made.photo, made.labels, colours)
+            drawn = encode_image(panel(made.photo, overlaid, names, colours, shares(made.labels, len(names))))
+            write_files(files | {picture: stamped(drawn, wanted.made_with) if wanted.made_with else drawn})
 
         made.taken.measure("draw", draw)
         line = {}

@@ -87,14 +87,24 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
 
 
-def photos_in(path: Path) -> set[str]:
+def photos_in(path: Path, names: Sequence[str] = ()) -> set[str]:
     """What the photos of a file of such lines are called; none where there is no file.
+
+    Args:
+        path: the file.
+        names: the labels: lines that tell of others do not count. None given, all count.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
+    known = set(enumerate(names))
+
+    def fits(line: dict[str, Any]) -> bool:
+        return not known or all((entry["index"], entry["name"]) in known for entry in line["labels"])
+
     try:
-        return {json.loads(line)["photo"] for line in _whole_lines(path)}
+        lines = [json.loads(line) for line in _whole_lines(path)]
+        return {line["photo"] for line in lines if fits(line)}
     except FileNotFoundError:
         return set()
     except OSError as error:

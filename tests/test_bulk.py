@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,14 +15,19 @@ from test_enginerun import save
 from test_sources import pack
 
 import lseg_ray
+from lseg import bulk_output
 from lseg.bulk import in_a_sentence, into_parts
 from lseg.bulk_inputs import Columns, Row, list_rows, open_store, read_row
 from lseg.bulk_output import JOB, Output, check_job, left_to_do, part_name, table_bytes
+from lseg.bulk_stages import Wanted, write
 from lseg.errors import UserError, run
+from lseg.labels import parse_labels
 from lseg.onnx_file import TEXT_ONNX
+from lseg.vocabulary import Vocabulary
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: ./requirements.sh --dev installs it")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: ./requirements.sh --dev installs it")
+VOCABULARY = Vocabulary.of(parse_labels("sky, tree"))
 SCHEMA = [("name", pa.string()), ("source", pa.string())]
 
 
@@ -259,3 +265,59 @@ def test_an_error_in_a_worker_is_its_sentence():
     assert str(in_a_sentence(RuntimeError("a\nb"))) == (
         "Ray gave up (RuntimeError: b): what is written stays; mend that and go on with --resume"
     )
+
+
+class TestTurns:
+    """Who may write to a local folder, and what is done twice."""
+
+    def test_a_killed_run_writes_no_more(self, tmp_path):
+        """Its workers have a copy of its output; once the next run looks at what is done, theirs is refused."""
+        first, second = Output(str(tmp_path)), Output(str(tmp_path))
+        first.take_over()
+        worker = pickle.loads(pickle.dumps(first))
+        worker.write({"parts/part-a.parquet": b"a"})
+        second.take_over()
+        pickle.loads(pickle.dumps(second)).write({"parts/part-b.parquet": b"b"})
+        with pytest.raises(UserError, match=f"another run has begun to write to {tmp_path}: this one ends"):
+            worker.write({"parts/part-c.parquet": b"c"})
+        assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["part-a.parquet", "part-b.parquet"]
+
+    def test_the_next_run_waits_for_what_is_being_written(self, tmp_path, monkeypatch):
+        """A part that a killed run's worker has begun to write is there when the next run looks, or never comes."""
+        first, second, looked = Output(str(tmp_path)), Output(str(tmp_path)), []
+        first.take_over()
+        writing, go_on = threading.Event(), threading.Event()
+        write = bulk_output.write_files
+
+        def slowly(files: dict) -> None:
+            writing.set()
+            assert go_on.wait(10)
+            write(files)
+
+        def look() -> None:
+            second.take_over()
+            looked.append([path.name for path in (tmp_path / "parts").iterdir()])
+
+        monkeypatch.setattr(bulk_output, "write_files", slowly)
+        threads = [threading.Thread(target=first.write, args=({"parts/a": b"a"},)), threading.Thread(target=look)]
+        threads[0].start()
+        assert writing.wait(10)
+        threads[1].start()
+        threads[1].join(0.2)
+        assert looked == []
+        go_on.set()
+        for thread in threads:
+            thread.join(10)
+        assert looked == [["a"]]
+
+    def test_a_part_that_stands_is_left_alone(self, tmp_path):
+        """Written by a worker that died before anybody heard of it: its images' files are not made anew either."""
+        rows = [(Row("a", "a.png", "a.png"), (4, 6))]
+        wanted = Wanted(Output(str(tmp_path)), Columns(), VOCABULARY, None, False, True, 0, 8)
+        part = {"rows": pickle.dumps(rows), "part": part_name([row for row, _ in rows]), "bad": pickle.dumps([])}
+        part |= {"labels": bytes(64), "dtype": "|u1", "best": bytes(256), "made_by": "a test"}
+        assert write(part, wanted)["done"] == 1
+        before = {path: path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
+        assert len(before) == 3
+        assert write(part, wanted)["done"] == 1
+        assert {path: path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()} == before

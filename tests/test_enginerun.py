@@ -380,6 +380,35 @@ class TestPhotos:
         assert (tmp_path / "out" / "sub" / "a_labels.json").exists()
         assert (tmp_path / "out" / "a_lseg.png").stat().st_mtime_ns == before
 
+    def test_resume_with_something_else(self, tmp_path, segment, seed):
+        """What an earlier run made with other labels or options is made anew: each picture tells of them."""
+        for name in ("a.png", "b.png"):
+            save(tmp_path / "photos" / name, seed)
+        lines, out = tmp_path / "found.jsonl", tmp_path / "out"
+
+        def go(labels: str, *more: object) -> list[str]:
+            code, told, err = segment(tmp_path / "photos", "--labels", labels, "--save-labels", *more)
+            assert (code, err) == (0, [])
+            return told
+
+        go("wall, floor", "--jsonl", lines)
+        old = {path.name: path.read_bytes() for path in out.iterdir()}
+        other = "note: {} pictures were made with other labels, weights or options, and are made anew"
+        assert go("sky, tree", "--resume", "--jsonl", lines)[0] == other.format(2)
+        new = {path.name: path.read_bytes() for path in out.iterdir()}
+        go("sky, tree", "--quiet")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == new
+        assert all({e["name"] for e in json.loads(line)["labels"]} <= {"sky", "tree"} for line in open(lines))
+        assert go("sky, tree", "--resume", "--jsonl", lines) == ["note: 2 of 2 photos are done already"]
+        for name in ("b_lseg.png", "b_labels.png", "b_labels.json"):  # as a run leaves it that is killed after a photo
+            (out / name).write_bytes(old[name])
+        assert go("sky, tree", "--resume")[:2] == [other.format(1), "note: 1 of 2 photos are done already"]
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == new
+        for more in (("--unknown", 0.5), ("--inference", "window"), ("--templates", "clip")):
+            assert go("sky, tree", "--resume", *more)[0] == other.format(2)
+        (out / "a_lseg.png").write_bytes(cv2.imencode(".png", read_map(out / "a_lseg.png"))[1].tobytes())
+        assert go("sky, tree", "--resume", "--templates", "clip")[0] == other.format(1)  # it tells nothing
+
     def test_an_archive_gives_what_its_folder_gives(self, tmp_path, segment, seed):
         for index, name in enumerate(("x/1.png", "x/2.jpg", "3.png")):
             save(tmp_path / "photos" / name, seed + index)

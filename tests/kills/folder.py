@@ -80,12 +80,7 @@ class Folder:
             shutil.copy(self.made / "older" / "lines.jsonl", folder)
 
     def work(self, kind: int, again: bool) -> None:
-        """A run of the other kind that was killed before its first line leaves the earlier lines: it is begun anew."""
-        begun = not Path("lines.jsonl").exists() or lines_of(Path("lines.jsonl")) != self.older(kind)
-        self.segment(LABELS[0], again and begun)
-
-    def older(self, kind: int) -> object:
-        return lines_of(self.made / "older" / "lines.jsonl") if kind else None
+        self.segment(LABELS[0], again)
 
     def left(self, folder: Path, kind: int) -> list[str]:
         """Every file is one that a whole run wrote; a photo that has a line has all its files."""

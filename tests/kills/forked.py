@@ -128,12 +128,12 @@ def in_child(work: Callable[[], object], folder: Path) -> None:
         raise SystemExit(f"error: {child.output()}")
 
 
-def rounds(settings: Settings, target: Target, kinds: int = 1) -> None:
+def rounds(settings: Settings, target: Target, kinds: int = 1, undisturbed_runs: int = 2) -> None:
     """Kills until there were as many as asked for. A round's number modulo `kinds` decides what it begins with."""
     report, rng = settings.report, settings.rng
     whole = {}
     for kind in range(kinds):
-        for _ in range(2):  # the second one is not slowed by cold files
+        for _ in range(undisturbed_runs):  # a second one is not slowed by cold files
             whole[kind] = undisturbed(settings, target, kind)
     report.entry["undisturbed_seconds"] = [round(whole[kind][0], 3) for kind in range(kinds)]
     report.entry["undisturbed_steps"] = [whole[kind][1] for kind in range(kinds)]

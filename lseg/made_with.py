@@ -1,0 +1,58 @@
+"""What a picture was made with, in the picture: so that an earlier run's with other labels is not taken for this one's.
+
+It stands in a text chunk of the PNG, right behind the header, where no viewer shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lseg.tensorfile import sha256
+from lseg.vocabulary import Vocabulary
+from lseg.weights import resolve
+
+KEY = b"LSeg made with\0"
+HEADER = 33  # bytes of a PNG before its second chunk
+
+
+def digest(
+    weights: str | Path, text_onnx: Path | None, vocabulary: Vocabulary, templates: Sequence[str], *options: object
+) -> str:
+    """What stands for all that decides a photo's labels but the backend: 32 characters.
+
+    Args:
+        weights: as `--weights` takes them; their bytes count, and not their name.
+        text_onnx: a text encoder's file in their place; None for their own.
+        vocabulary: the labels.
+        templates: the prompts.
+        options: others that decide, which JSON can hold.
+
+    Raises:
+        UserError: a file is not there or cannot be read.
+    """
+    about = [sha256(resolve(weights)), text_onnx and sha256(text_onnx), vocabulary.labels.names, vocabulary.texts]
+    about += [vocabulary.owner.tolist(), list(templates), *options]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+
+
+def stamped(png: bytes, made_with: str) -> bytes:
+    """The PNG with the digest in it; its pixels stay what they are."""
+    content = b"tEXt" + KEY + made_with.encode("ascii")
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    return png[:HEADER] + chunk + png[HEADER:]
+
+
+def made_with(path: Path) -> str | None:
+    """The digest in a picture; None where there is no picture, or it tells of none. OSError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(HEADER + 8 + len(KEY) + 32)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+    kind, text = start[HEADER + 4 : HEADER + 8], start[HEADER + 8 :]
+    return text[len(KEY) :].decode("ascii", "replace") if kind == b"tEXt" and text.startswith(KEY) else None
