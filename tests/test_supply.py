@@ -138,6 +138,26 @@ class TestLicences:
                     assert f"\n| {canonicalize_name(Requirement(line.split('#')[0]).name)} |" in LICENCES, line
 
 
+CASES = [
+    ({"license_expression": "MIT AND (Apache-2.0 OR BSD-3-Clause)", "license": "GPL"}, True),
+    ({"license": "BSD", "classifier": ["License :: OSI Approved :: MIT License"]}, True),
+    ({"license": "Copyright\nand pages of text", "classifier": ["License :: OSI Approved :: MIT License"]}, True),
+    ({"license_expression": "MIT AND LGPL-2.1-only"}, False),
+    ({"license": "Apache 2.0", "classifier": ["License :: Other/Proprietary License"]}, False),
+    ({"license": "A licence that nobody knows"}, False),
+    ({"license": "UNKNOWN", "classifier": ["Programming Language :: C"]}, False),
+    ({}, False),
+]
+
+
+@pytest.mark.parametrize("metadata, permissive", CASES)
+def test_what_is_not_known_counts_as_not_permissive(metadata, permissive, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from licences import is_permissive, licence_of
+
+    assert is_permissive(licence_of(metadata)) is permissive
+
+
 class TestSbom:
     def test_every_locked_package_is_in_it(self):
         """With its version, its hashes and a licence; and nothing else is."""
