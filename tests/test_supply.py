@@ -256,16 +256,17 @@ class TestLocked:
         assert "its own torch and TensorRT stay" in done.stderr and not (locked.clone / ".venv").exists()
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    clone = tmp_path_factory.mktemp("locked") / "my clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    yield clone
+    shutil.rmtree(clone)
+
+
 @pytest.mark.slow
 class TestReally:
     """Gigabytes from the package index, in a clone whose path has a space."""
-
-    @pytest.fixture(scope="class")
-    def clone(self, tmp_path_factory):
-        clone = tmp_path_factory.mktemp("locked") / "my clone"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        yield clone
-        shutil.rmtree(clone)
 
     def test_it_is_what_is_locked_and_it_runs(self, clone):
         environment = {**os.environ, "PYTHON": sys.executable}
