@@ -4,25 +4,32 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: ./requirements.sh [--dev] [--venv DIR] [COMMAND ...]
+usage: ./requirements.sh [--dev | --locked] [--venv DIR] [COMMAND ...]
 
   ./requirements.sh                          set up only
   ./requirements.sh python enginerun.py      set up, then segment the bundled photo
   ./requirements.sh --dev pytest             set up with the test tools, then run the tests
+  ./requirements.sh --locked                 set up with the very files that requirements.lock names
 
 In NVIDIA's NGC PyTorch container the container's own Python is used and nothing that is there is replaced. Elsewhere
 a virtual environment is made in .venv (or DIR): with CUDA builds and TensorRT where nvidia-smi answers, else for the
 CPU. PYTHON names the interpreter to start from (default: python3). A second run finds everything and costs a second.
+
+--locked installs what requirements.lock lists, wheels alone, each with the SHA-256 written there, and nothing else, into
+a virtual environment of its own. TensorRT, pycuda and ONNX Runtime for GPUs are not in it: on a GPU PyTorch runs. In the
+NGC container, whose own packages stay, it is refused.
 TEXT
 }
 
 root=$(cd "$(dirname "$0")" && pwd)
 venv="$root/.venv"
 dev=0
+locked=0
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
     --dev) dev=1; shift ;;
+    --locked) locked=1; shift ;;
     --venv)
       if [ $# -lt 2 ]; then echo "error: --venv needs a folder" >&2; exit 2; fi
       venv=$2; shift 2 ;;
@@ -30,6 +37,10 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+if [ "$dev$locked" = 11 ]; then
+  echo "error: --locked and --dev do not go together: the test tools are not in requirements.lock" >&2
+  exit 2
+fi
 python=${PYTHON:-python3}
 if ! command -v "$python" > /dev/null; then
   echo "error: $python is not there: install Python 3.10 to 3.13 or name it with PYTHON=" >&2
@@ -38,7 +49,7 @@ fi
 
 files=(-r "$root/requirements.txt")
 if [ "$dev" = 1 ]; then files+=(-r "$root/requirements-dev.txt"); fi
-stamp_of() { cat "$root"/requirements*.txt "$root/requirements.sh" | sha256sum | cut -c1-16; }
+stamp_of() { cat "$root"/requirements*.txt "$root/requirements.sh" "$@" | sha256sum | cut -c1-16; }
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
@@ -67,6 +78,7 @@ plain() {
   # torch 2.14.1 and torchvision 0.29.1 belong together and are what the tests ran with.
   local torch=(torch==2.14.1 torchvision==0.29.1) more=() index=()
   if [ ! -x "$venv/bin/python" ]; then "$python" -m venv "$venv"; fi
+  rm -f "$venv/.requirements.locked"  # it is about to hold more
   python="$venv/bin/python"
   if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
     # TensorRT 10 and 11 share the calls used here; pycuda compiles against the CUDA toolkit.
@@ -85,7 +97,26 @@ plain() {
   fi
 }
 
+exactly() {
+  # Whatever else lies in the folder would be used as well, so it is emptied; but only one that was made here.
+  if [ -e "$venv" ] && [ ! -e "$stamp" ]; then
+    echo "error: $venv was not set up with --locked: remove it, or name another folder with --venv" >&2
+    exit 2
+  fi
+  "$python" -m venv --clear "$venv"
+  echo unfinished > "$stamp"
+  # Wheels alone: building from source would fetch tools that no hash holds.
+  "$venv/bin/python" -m pip install -q --require-hashes --only-binary :all: -r "$root/requirements.lock"
+  if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then
+    echo "note: TensorRT and ONNX Runtime for GPUs are not in requirements.lock, so here PyTorch uses the GPU" >&2
+  fi
+}
+
 if [ -n "${NVIDIA_PYTORCH_VERSION:-}" ] && has torch && has tensorrt; then
+  if [ "$locked" = 1 ]; then
+    echo "error: --locked cannot hold in NVIDIA's container, where its own torch and TensorRT stay: leave it out" >&2
+    exit 2
+  fi
   stamp="$root/.requirements.$dev"
   if [ "$(cat "$stamp" 2> /dev/null)" != "$(stamp_of)$NVIDIA_PYTORCH_VERSION" ]; then
     echo "NGC PyTorch $NVIDIA_PYTORCH_VERSION: keeping what is installed, adding what is missing"
@@ -93,6 +124,14 @@ if [ -n "${NVIDIA_PYTORCH_VERSION:-}" ] && has torch && has tensorrt; then
     echo "$(stamp_of)$NVIDIA_PYTORCH_VERSION" > "$stamp"
   fi
   bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
+elif [ "$locked" = 1 ]; then
+  stamp="$venv/.requirements.locked"
+  if [ "$(cat "$stamp" 2> /dev/null)" != "$(stamp_of "$root/requirements.lock")" ]; then
+    echo "setting up $venv from requirements.lock (some gigabytes the first time)"
+    exactly
+    stamp_of "$root/requirements.lock" > "$stamp"
+  fi
+  bin="$venv/bin"
 else
   stamp="$venv/.requirements.$dev"
   if [ "$(cat "$stamp" 2> /dev/null)" != "$(stamp_of)" ]; then

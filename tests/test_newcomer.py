@@ -119,6 +119,13 @@ def test_unknown_options_are_found(tmp_path):
         polygraph(["compare", "--no-such-option"], tmp_path)
 
 
+def test_ray_examples_write_to_folders_of_their_own():
+    """One after the other they run: a job's folder is refused to another job, with --resume or without."""
+    jobs = [command for command in COMMANDS if command[:2] == ["python", "lseg_ray.py"]]
+    folders = [job[job.index("--output") + 1] for job in jobs]
+    assert len(set(folders)) == len(folders) > 2
+
+
 def test_files_are_there():
     """What an example names is in the repository, or known as the reader's own or as what is made."""
     words = [word for command in COMMANDS for word in command[1:] if FILE.fullmatch(word)]
