@@ -6,7 +6,7 @@ import base64
 import html
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from lseg.page_work import BACKENDS, Desk, Upload
 
 VIEWER = Path(__file__).with_name("viewer")
 TITLE = "LSeg: segment a photo by words"
-FILES_EVERY, FILES_AGE = 60, 600  # seconds: how often files of closed tabs and of the API are removed, and how old
 PHOTOS_AT_ONCE, CHANGES_AT_ONCE = 2, 8  # photos take memory while they are decoded
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]  # the visitor's own: nothing is fetched
 MONO = ["ui-monospace", "Consolas", "monospace"]
@@ -41,7 +40,7 @@ def photo_input() -> gr.Image:
     Gradio would open the file with Pillow first, and fail there without a word on what is wrong with it.
     """
     photo = gr.Image(
-        label="Photo: upload, paste or take one",
+        label="Photo",
         type="filepath",
         sources=["upload", "webcam", "clipboard"],
         height=190,
@@ -81,8 +80,7 @@ def build_page(desk: Desk, words: Sequence[str], more_words: Sequence[str], exam
         example: a photo to try.
     """
     usual, example_upload = desk.usual, Upload(example.name, example.read_bytes())
-    cleaning = (FILES_EVERY, FILES_AGE)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=cleaning) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         key = gr.State("", delete_callback=desk.kept.drop)
         gr.Markdown(HEAD, elem_id="head")
         with gr.Row():
@@ -173,10 +171,9 @@ def _add_api(desk: Desk, photo: gr.Image, how: list[gr.components.Component]) ->
         try:
             if photo is None:
                 raise UserError("no photo is given")
-            folder.mkdir(parents=True)
             found, path = desk.segment(photo, labels, How(inference, weights, backend), folder)
         except UserError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False)) from None
         return found, str(path)
 
     button = gr.Button(visible=False)
@@ -224,17 +221,48 @@ def theme() -> gr.themes.Base:
 
 
 def own_uploads() -> None:
-    """Gives each upload a folder of its own. Gradio names folders by what the file holds, so two visitors with the same
-    photo would share one, and the first to be answered would remove the other's."""
-    from gradio.route_utils import GradioUploadFile
+    """Gives each upload a folder of its own, and removes what came of one that broke off.
 
-    usual = GradioUploadFile.__init__
+    Gradio names folders by what the file holds, so two visitors with the same photo would share one, and the first to
+    be answered would remove the other's. Of a visitor who goes away in the middle it keeps the half file, and prints
+    a traceback.
+    """
+    from gradio.route_utils import GradioMultiPartParser, GradioUploadFile
+
+    usual, usual_parser = GradioUploadFile.__init__, GradioMultiPartParser.__init__
 
     def begin(self: GradioUploadFile, *given: Any, **more: Any) -> None:
         usual(self, *given, **more)
         self.sha.update(secrets.token_bytes(16))  # the folder's name
 
-    GradioUploadFile.__init__ = begin
+    def begin_parser(self: GradioMultiPartParser, *given: Any, **more: Any) -> None:
+        usual_parser(self, *given, **more)
+        self.stream = _refuse_broken_off(self.stream)
+
+    GradioUploadFile.__init__, GradioMultiPartParser.__init__ = begin, begin_parser
+
+
+async def _refuse_broken_off(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The stream, whose early end is the error on which the parser removes its files."""
+    from starlette.formparsers import MultiPartException
+    from starlette.requests import ClientDisconnect
+
+    try:
+        async for part in stream:
+            yield part
+    except ClientDisconnect:
+        raise MultiPartException("the upload broke off: send it again") from None
+
+
+def quiet_refusals() -> None:
+    """Keeps what is a sentence for the visitor out of the server's log, where Gradio prints a traceback of each."""
+    usual = gr.Error.__init__
+
+    def begin(self: gr.Error, *given: Any, **more: Any) -> None:
+        usual(self, *given, **more)
+        self.print_exception = False
+
+    gr.Error.__init__ = begin
 
 
 def no_network() -> None:
@@ -244,7 +272,7 @@ def no_network() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     def refuse(*_: object, **__: object) -> None:
-        raise gr.Error("addresses are not fetched here: send the file itself", print_exception=False)
+        raise gr.Error("addresses are not fetched here: send the file itself")
 
     async def refuse_later(*_: object, **__: object) -> None:
         refuse()

@@ -7,7 +7,9 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from lseg.page_work import Desk
 LARGEST_FILE = "100mb"
 WAITING = 64  # visitors' calls that wait at most; more are told to come back
 SESSIONS = 1000  # visitors whose last choices Gradio remembers
-SWEEP = 60  # seconds between looks for photos that nobody asks for
+SWEEP = 60  # seconds between looks for photos that nobody asks for, and for old files
+FILES_AGE = 600  # seconds that uploads of closed tabs and label maps of the API are kept
 TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
 # The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
 POLICY = (
@@ -56,6 +59,20 @@ def check_address(host: str, port: int) -> None:
         raise UserError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port") from None
 
 
+def remove_old(folder: str, age: float) -> None:
+    """Removes files that are older than so many seconds, and folders that have been empty for as long.
+
+    Gradio removes what it remembers: no file beside a label map, no folder, and no upload that did not come whole.
+    """
+    before = time.time() - age
+    for place, folders, files in os.walk(folder, topdown=False):
+        for names, remove in ((files, os.unlink), (folders, os.rmdir)):
+            for path in (os.path.join(place, name) for name in names):
+                with suppress(OSError):  # gone meanwhile, or not empty
+                    if os.lstat(path).st_mtime < before:
+                        remove(path)
+
+
 def serve(
     desk: Desk,
     host: str,
@@ -87,6 +104,7 @@ def serve(
 
         layout.no_network()
         layout.own_uploads()
+        layout.quiet_refusals()
         page = layout.build_page(desk, words, more_words, example)
         page.queue(max_size=WAITING)
         try:
@@ -115,5 +133,6 @@ def serve(
                 signal.signal(signal.SIGTERM, lambda *_: ended.set())  # what Docker and systemd send
             while not ended.wait(SWEEP):
                 desk.kept.forget_idle()
+                remove_old(folder, FILES_AGE)
         finally:
             page.close(verbose=False)

@@ -132,6 +132,10 @@ class Desk:
 
     def read_words(self, words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         """Labels and notes on them; UserError where there is none, or too many, or too long a text."""
+        if isinstance(words, str):  # a program's; its letters would be labels
+            words = [words]
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise UserError("the labels are no texts: give a list of words")
         if sum(map(len, words)) > LONGEST_TEXT:
             raise UserError(f"the labels are longer than {LONGEST_TEXT:,} characters: shorten the list")
         labels = parse_labels(list(words))
@@ -209,6 +213,7 @@ class Desk:
             photo = self.kept.get(key)
             answer = self._answered(photo)
             height, width = photo.photo.shape[:2]
+            folder.mkdir(parents=True, exist_ok=True)  # not before the run: empty folders are removed in time
             path = self.write_labels(photo, folder)
             cosines = labels_to_photo(answer.cosines, width, height)
             line = describe(upload.name, _labels_at(answer, width, height), cosines, answer.names)

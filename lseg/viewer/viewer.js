@@ -4,7 +4,10 @@ const one = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
 const percent = (share) => (share > 0 && share < 0.0005 ? "<0.1 %" : `${(100 * share).toFixed(1)} %`);
 const REST = 70; // milliseconds that the pointer rests before its pixel is asked for
-const HINT = "Point at the picture, or move the cross with the arrow keys, to read a pixel's labels.";
+const TOUCH = window.matchMedia("(hover: none)").matches;
+const HINT = TOUCH
+  ? "Tap the picture to read a pixel's labels."
+  : "Point at the picture, or move the cross with the arrow keys, to read a pixel's labels.";
 
 let found = null; // the answer shown
 let heat = -1; // index of the label whose heat map is shown
@@ -157,7 +160,7 @@ async function readPixel() {
     node.append(swatch(score.colour), make("span", "", score.name), make("span", "cosine", score.cosine.toFixed(3)));
     return node;
   });
-  const where = make("span", "at", `pixel ${x}, ${y}${pinned ? " (held; click to let go)" : ""}`);
+  const where = make("span", "at", `pixel ${x}, ${y}${pinned && !TOUCH ? " (held; click to let go)" : ""}`);
   one(".pixel").replaceChildren(where, ...scores);
 }
 
