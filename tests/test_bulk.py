@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_enginerun import save
 from test_sources import pack
@@ -23,6 +24,7 @@ from lseg.bulk_stages import Wanted, write
 from lseg.errors import UserError, run
 from lseg.labels import parse_labels
 from lseg.onnx_file import TEXT_ONNX
+from lseg.tally import tally_at
 from lseg.vocabulary import Vocabulary
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: ./requirements.sh --dev installs it")
@@ -203,7 +205,7 @@ class TestOutput:
     def test_full_disk(self, output, monkeypatch, tmp_path):
         output.write({"a.txt": b"before"})
         if output.local:
-            monkeypatch.setattr(Path, "write_bytes", no_space)
+            monkeypatch.setattr("lseg.files._write", no_space)
         else:
             files, _ = open_store(output.where)
             monkeypatch.setattr(output, "_open", lambda: (FullDisk(files), str(tmp_path / "out")))
@@ -315,7 +317,9 @@ class TestTurns:
         rows = [(Row("a", "a.png", "a.png"), (4, 6))]
         wanted = Wanted(Output(str(tmp_path)), Columns(), VOCABULARY, None, False, True, 0, 8)
         part = {"rows": pickle.dumps(rows), "part": part_name([row for row, _ in rows]), "bad": pickle.dumps([])}
-        part |= {"labels": bytes(64), "dtype": "|u1", "best": bytes(256), "made_by": "a test"}
+        labels, cosines = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.float32)
+        tally = tally_at(labels, cosines, len(VOCABULARY.labels.names), 6, 4)
+        part |= {"tallies": pickle.dumps([tally]), "maps": labels, "made_by": "a test"}
         assert write(part, wanted)["done"] == 1
         before = {path: path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
         assert len(before) == 3
