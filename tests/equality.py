@@ -99,8 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     photos = {"whole": args.images, "window": args.window, "multiscale": args.multiscale}
     photos = {mode: photos[mode] for mode in args.modes}
-    report = {"seed": args.seed, "photos": photos, "weights": Path(args.weights).stem,
-              "machine": machine(), "batches": BATCHES,
+    report = {"seed": args.seed, "photos": photos, "machine": machine(), "batches": BATCHES,
               "labels_at_most": {mode: LABELS[mode] for mode in args.modes}, "cosines_at_every": STRIDE,
               "limits": {name: vars(limit) for name, limit in LIMITS.items()}, "variants": {}}  # fmt: skip
     own = world(args)
