@@ -4,8 +4,10 @@
 
 TensorRT 10's strongly typed networks take every tensor's type from the ONNX file; 8.6 has none and would run the same
 graph in float32. Here each layer of an 8.6 network is given the types that ONNX's own inference finds in the file, and
-the builder is told to prefer them. Figures taken so carry the version "8.6.0+typed". Nothing else of 8.6 is hidden;
-explicit batches and the progress monitor must be bridged elsewhere.
+the builder is told to prefer them. Figures taken so carry the version "8.6.0+typed". But 8.6 fuses attention only where
+no layer has a type of its own: with LSEG_TYPES=free in the environment the builder chooses each layer's, float16 or
+float32 ("8.6.0+free"). Nothing else of 8.6 is hidden; explicit batches and the progress monitor must be bridged
+elsewhere.
 """
 
 from __future__ import annotations
@@ -64,8 +66,8 @@ def with_types(trt, network, types: dict[str, str | None]):
         yield layer, known.get(name)
 
 
-def bridge(trt) -> None:
-    """Types the networks of the installed TensorRT as their files say. One network at a time: parsed, then built."""
+def bridge(trt, typed: bool) -> None:
+    """Types the networks of the installed TensorRT as their files say, or lets its builder. One network at a time."""
     create, build, parse = (
         trt.Builder.create_network,
         trt.Builder.build_serialized_network,
@@ -85,10 +87,11 @@ def bridge(trt) -> None:
         if "HALF" in types.values():
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-            print("layers by type:", dict(type_layers(trt, network, types)), flush=True)
+            if typed:
+                print("layers by type:", dict(type_layers(trt, network, types)), flush=True)
         return build(self, network, config)
 
-    trt.__version__ += "+typed"  # in every figure, engine's name and sidecar
+    trt.__version__ += "+typed" if typed else "+free"  # in every figure, engine's name and sidecar
     trt.OnnxParser.parse_from_file = parse_from_file
     trt.Builder.create_network = create_network
     trt.Builder.build_serialized_network = build_serialized_network
@@ -99,7 +102,7 @@ if __name__ == "__main__":
 
     version = getattr(tensorrt, "__version__", "10")  # stubs have none
     if int(version.split(".")[0]) < 10 and "+" not in version:
-        bridge(tensorrt)
+        bridge(tensorrt, typed=os.environ.get("LSEG_TYPES") != "free")
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(sys.argv[0], run_name="__main__")
