@@ -46,7 +46,7 @@ ENDS = ("_labels.png", "_labels.json")
 PARTS = (2, 3)  # sizes, of which each run chooses one
 WORKERS = 3  # killed in a run at most: fewer than a part is tried again
 MOMENT = 1.5  # seconds at most from one killed worker to the next
-ENDED = 30  # seconds after which what is left of a cluster counts as an orphan
+ENDED = 120  # seconds after which what is left counts as an orphan: workers that were just starting take half of it
 AGENTS, AGENTS_ENDED = r"ray::\w+Agent", 180  # which try for a minute to tell the dead cluster of its death
 PR_SET_PDEATHSIG = 1
 CLUSTER = """
@@ -111,7 +111,7 @@ class Bulk:
 
     def begin(self, folder: Path, kind: int) -> None:
         """An empty folder, and whether its runs are killed alone or with their cluster."""
-        self.alone = kind == OWN and self.rng.random() < 0.5
+        self.alone = kind == OWN and folder.name == "round" and self.rng.random() < 0.5
 
     def work(self, kind: int, again: bool) -> object:
         with open("sessions", "a") as file:
@@ -191,7 +191,7 @@ def living(sessions: Collection[int], seconds: float, but: str = "$.") -> list[s
     end = time.monotonic() + seconds
     while found := [one for one in processes(sessions) if not re.match(but, one[1])]:
         if time.monotonic() > end:
-            return [f"{len(found)} processes of a cluster live on: {found[:3]}"]
+            return [f"{len(found)} processes of a cluster live on: {[name[-60:] for _, name in found[:3]]}"]
         time.sleep(0.05)
     return []
 
