@@ -278,7 +278,8 @@ class Desk:
             size = lseg.runner.image_size
             pixels = timings.measure("preprocess", lambda: to_pixels(photo.photo, size)[None])
             with self._runs:
-                grid = timings.measure("encode_image", lambda: lseg.runner.encode_image(pixels)[0])
+                # A copy: ONNX Runtime's own array lies in its arena, which never gets smaller, and would break it up.
+                grid = timings.measure("encode_image", lambda: lseg.runner.encode_image(pixels)[0].copy())
             photo.grid, photo.made_by = grid, how[1:]
         return grid
 

@@ -56,7 +56,10 @@ class Visitors:
         self.errors: list[str] = []
 
     def new(self, width: int = 1440, height: int = 900, scheme: str = "light"):
-        context = self.browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        phone = width < 600
+        context = self.browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=phone, is_mobile=phone
+        )
         context.route(re.compile(rf"^https?://(?!{self.server.address[7:]}/)"), self._refuse)
         tab = context.new_page()
         tab.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -307,3 +310,16 @@ def test_looks(visitors, width, scheme):
     for button in tab.locator(f"{LEGEND}, #viewer .files button").all():
         box = button.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] >= 24
+
+
+def test_on_a_phone(visitors):
+    """The answer, which is below all that can be chosen, comes into sight by itself; a tap reads a pixel."""
+    tab = visitors.new(390, 844)
+    example(tab)
+    in_sight = "() => { const y = document.querySelector('#viewer .large .stage').getBoundingClientRect().y; "
+    tab.wait_for_function(in_sight + "return y >= 0 && y < 400; }")
+    assert "Tap the picture" in tab.inner_text("#viewer .pixel")
+    tab.tap("#viewer .large .stage", position={"x": 260, "y": 20})
+    tab.wait_for_selector("#viewer .pixel:has-text('pixel 5')")
+    words = tab.inner_text("#viewer .pixel").split("\n")
+    assert words[1] == "sky" and "click" not in words[0]
