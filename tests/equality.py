@@ -7,8 +7,8 @@
 A variant passes when its share of equal labels is within its precision's `LIMITS`, and no pixel differs whose two best
 cosines are further apart in the reference than the same table allows: near-ties may fall either way, clear winners may
 not. Beside the machine's variants (`lseg.variants`) the graphs of each form of matrix product, which are what
-`lseg_labels.onnx` holds, run in ONNX Runtime, and the TensorRT runner runs on the stand-in GPU with tiny random weights,
-where torch and g++ are. On a busy CPU one thread is the fastest: OMP_NUM_THREADS=1 LSEG_THREADS=1.
+`lseg_labels.onnx` holds, run in ONNX Runtime, and the TensorRT runner runs on the stand-in GPU with tiny random
+weights, where torch and g++ are. On a busy CPU one thread is the fastest: OMP_NUM_THREADS=1 LSEG_THREADS=1.
 """
 
 from __future__ import annotations
