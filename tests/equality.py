@@ -1,13 +1,14 @@
 """Checks that every way to run LSeg gives the labels that PyTorch gives in float32, on random photos and labels.
 
     python tests/equality.py --images 200 --seed 7 --output log/equality_cpu.json
-    python tests/equality.py --seed 7 --save-reference ref.npz --variants torch      # where torch is
-    python tests/equality.py --seed 7 --reference ref.npz --variants tensorrt        # where it is not
+    python tests/equality.py --seed 7 --save-reference ref.npz --variants torch                      # where torch is
+    python tests/equality.py --seed 7 --reference ref.npz --variants tensorrt-fp16-4d --minutes 2    # where it is not
 
 A variant passes when its share of equal labels is within its precision's `LIMITS`, and no pixel differs whose two best
 cosines are further apart in the reference than the same table allows: near-ties may fall either way, clear winners may
-not. Beside the machine's variants (`lseg.variants`) the graphs of each form of matrix product run in
-ONNX Runtime, and the TensorRT runner runs on the stand-in GPU with tiny random weights, where torch and g++ are.
+not. Beside the machine's variants (`lseg.variants`) the graphs of each form of matrix product, which are what
+`lseg_labels.onnx` holds, run in ONNX Runtime, and the TensorRT runner runs on the stand-in GPU with tiny random
+weights, where torch and g++ are. On a busy CPU one thread is the fastest: OMP_NUM_THREADS=1 LSEG_THREADS=1.
 """
 
 from __future__ import annotations
