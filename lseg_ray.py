@@ -135,10 +135,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 def describe_job(args: argparse.Namespace, vocabulary, templates) -> dict[str, object]:
     """What decides the results: a job that is resumed must have been begun with the same."""
-    from lseg.tensorfile import sha256
+    from lseg.tensorfile import sha256, sha256_once
     from lseg.weights import resolve
 
-    about: dict[str, object] = {"weights": sha256(resolve(args.weights))}
+    about: dict[str, object] = {"weights": sha256_once(resolve(args.weights))}
     if vocabulary:
         owner = vocabulary.owner.tolist()
         groups = [[t for t, o in zip(vocabulary.texts, owner, strict=True) if o == i] for i in dict.fromkeys(owner)]

@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> dict:
     from lseg.measure import Bench, Plan
     from lseg.opening import Model, export_missing
     from lseg.report import FORMAT
-    from lseg.tensorfile import sha256
+    from lseg.tensorfile import sha256, sha256_once
     from lseg.tokenizer import Tokenizer
     from lseg.weights import resolve
 
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace) -> dict:
     photos = [read_image(photo) for photo in args.photos]
     if args.random_weights:
         args.weights, args.onnx = random_weights(args.onnx / "random"), args.onnx / "random"
-    digest = sha256(resolve(args.weights))
+    digest = sha256_once(resolve(args.weights))
     if any(variant.backend != "torch" for variant in chosen):
         export_missing(Model(args.weights, args.onnx))
     config = model_config(args, digest)

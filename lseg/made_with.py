@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lseg.tensorfile import sha256
+from lseg.tensorfile import sha256_once
 from lseg.vocabulary import Vocabulary
 from lseg.weights import resolve
 
@@ -35,7 +35,9 @@ def digest(
     Raises:
         UserError: a file is not there or cannot be read.
     """
-    about = [sha256(resolve(weights)), text_onnx and sha256(text_onnx), vocabulary.labels.names, vocabulary.texts]
+    there = text_onnx is not None and text_onnx.is_file()  # one that is not is told of where it is opened
+    about: list[object] = [sha256_once(resolve(weights)), sha256_once(text_onnx) if there else None]
+    about += [vocabulary.labels.names, vocabulary.texts]
     about += [vocabulary.owner.tolist(), list(templates), *options]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lseg.errors import UserError, short
 from lseg.files import locked_folder, unfinished
-from lseg.tensorfile import sha256
+from lseg.tensorfile import sha256_once
 from lseg.weights import resolve
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def checked_image(folder: Path, weights: str) -> tuple[str, dict[str, object]]:
     Raises:
         UserError: the file is missing, damaged, or of other weights.
     """
-    digest, metadata = sha256(resolve(weights)), read_metadata(folder / IMAGE_ONNX)
+    digest, metadata = sha256_once(resolve(weights)), read_metadata(folder / IMAGE_ONNX)
     remedy = remedy_for("lseg_export.py", weights, folder)
     check_weights(folder / IMAGE_ONNX, metadata, "lseg", digest, remedy)
     sizes(folder / IMAGE_ONNX, metadata, remedy)

@@ -59,7 +59,7 @@ def check_before_export(model: Model, photos: Sequence[Photo]) -> None:
     """
     from lseg.image import decode_image
     from lseg.onnx_file import check_weights, read_metadata, remedy_for
-    from lseg.tensorfile import read, sha256
+    from lseg.tensorfile import read, sha256_once
     from lseg.weights import REMEDY, resolve
 
     weights, missing = resolve(model.weights), model.missing()
@@ -71,7 +71,7 @@ def check_before_export(model: Model, photos: Sequence[Photo]) -> None:
         read(weights, REMEDY)
     kinds = {IMAGE_ONNX: "lseg", SIMILARITY_ONNX: "similarity"}
     present = [name for name in kinds if name not in missing]
-    digest = sha256(weights) if present else ""
+    digest = sha256_once(weights) if present else ""
     for name in present:
         remedy = remedy_for("lseg_export.py", model.weights, model.onnx)
         check_weights(model.onnx / name, read_metadata(model.onnx / name), kinds[name], digest, remedy)

@@ -59,18 +59,31 @@ def check_address(host: str, port: int) -> None:
         raise UserError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port") from None
 
 
-def remove_old(folder: str, age: float) -> None:
-    """Removes files that are older than so many seconds, and folders that have been empty for as long.
+class OldFiles:
+    """Removes what has lain in a folder for long.
 
     Gradio removes what it remembers: no file beside a label map, no folder, and no upload that did not come whole.
+
+    Args:
+        folder: where.
+        age: seconds that a file, or an empty folder, is kept after it was first seen.
+        clock: seconds, which never jump.
     """
-    before = time.time() - age
-    for place, folders, files in os.walk(folder, topdown=False):
-        for names, remove in ((files, os.unlink), (folders, os.rmdir)):
-            for path in (os.path.join(place, name) for name in names):
-                with suppress(OSError):  # gone meanwhile, or not empty
-                    if os.lstat(path).st_mtime < before:
-                        remove(path)
+
+    def __init__(self, folder: str, age: float, clock: Callable[[], float] = time.monotonic):
+        self.folder, self.age, self.clock = folder, age, clock
+        self._first_seen: dict[str, float] = {}
+
+    def sweep(self) -> None:
+        """Looks through the folder, and removes what was first seen so long ago."""
+        now, before, self._first_seen = self.clock(), self._first_seen, {}
+        for place, folders, files in os.walk(self.folder, topdown=False):
+            for names, remove in ((files, os.unlink), (folders, os.rmdir)):
+                for path in (os.path.join(place, name) for name in names):
+                    self._first_seen[path] = before.get(path, now)
+                    if now - self._first_seen[path] > self.age:
+                        with suppress(OSError):  # gone meanwhile, or not empty
+                            remove(path)
 
 
 def serve(
@@ -131,8 +144,9 @@ def serve(
             ended = threading.Event()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, lambda *_: ended.set())  # what Docker and systemd send
+            old = OldFiles(folder, FILES_AGE)
             while not ended.wait(SWEEP):
                 desk.kept.forget_idle()
-                remove_old(folder, FILES_AGE)
+                old.sweep()
         finally:
             page.close(verbose=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lseg.engine import EngineSpec, Profile
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
-from lseg.tensorfile import sha256
+from lseg.tensorfile import sha256_once
 
 if TYPE_CHECKING:
     import onnx
@@ -67,7 +67,7 @@ class Recipe:
             extra["heads_per_product"] = self.heads_per_product
         return EngineSpec(
             name=name,
-            onnx_sha256=sha256(self.folder / file),
+            onnx_sha256=sha256_once(self.folder / file),
             precision=self.text_precision if name == "text" else self.precision,
             matmul="4d" if name in ("text", "dots") and self.matmul == "2d" else self.matmul,
             profiles=self.profiles(name),

@@ -138,7 +138,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None, device: str | None = None):
         self._providers = default_providers() if device != "cpu" else ["CPUExecutionProvider"]
-        sha256 = tensorfile.sha256(resolve(weights))
+        sha256 = tensorfile.sha256_once(resolve(weights))
         self.remedy = remedy_for("lseg_export.py", weights, folder)
         try:
             self.image = self._open(folder / IMAGE_ONNX, "lseg", sha256)

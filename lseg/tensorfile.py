@@ -13,9 +13,11 @@ import hashlib
 import io
 import math
 import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,6 +83,20 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its name and permissions") from None
     return digest.hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256` of a file of gigabytes, kept for as long as the file stays the same by its size, inode and times."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return sha256(path)  # which tells
+    return _kept_sha256(path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@lru_cache(maxsize=16)
+def _kept_sha256(path: Path, *_: int) -> str:
+    return sha256(path)
 
 
 def listing(names: Iterable[str], limit: int) -> str:

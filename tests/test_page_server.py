@@ -19,7 +19,7 @@ from page_process import ROOT, Page, serve
 from test_enginerun import LABELS, save
 
 from lseg import Segmenter
-from lseg.page_server import remove_old
+from lseg.page_server import OldFiles
 
 sys.path.append(str(ROOT / "tests" / "bench"))
 from page_visitor import Server  # noqa: E402
@@ -176,24 +176,27 @@ class TestServer:
 
 
 def test_old_files_are_removed(tmp_path, seed):
-    """Files and empty folders beyond the age go, of others nothing."""
-    rng, age, kept = np.random.default_rng(seed), 100.0, set()
-    for number in range(30):
-        old, file = rng.random() < 0.5, rng.random() < 0.7
-        folder = tmp_path / f"{number % 4}" / f"{number}"
-        folder.mkdir(parents=True)
-        path = folder / "labels.json" if file else folder
-        if file:
+    """Files and empty folders go when they have been seen for longer than the age, whatever their own times say."""
+    rng, now, age = np.random.default_rng(seed), 1e6, 100.0
+    old = OldFiles(str(tmp_path), age, lambda: now)
+    expected: dict[Path, float] = {}  # and when they were made
+    for number in range(60):
+        now += rng.uniform(1, 20)
+        path = tmp_path / f"{number % 4}" / f"{number}"
+        path.mkdir(parents=True)
+        if rng.random() < 0.7:
+            path /= "labels.json"
             path.write_text("{}")
-        if old:
-            then = time.time() - age - rng.uniform(1, 1000)
-            os.utime(path, (then, then))
-        else:
-            kept.add(path)
-    remove_old(str(tmp_path), age)
-    left = set(tmp_path.rglob("*"))
-    assert {path for path in left if path.is_file()} == {path for path in kept if path.is_file()}
-    assert kept <= left and not [path for path in left if path.is_dir() and path.stat().st_mtime < time.time() - age]
+        os.utime(path, (rng.uniform(0, 4e9),) * 2)
+        expected[path] = now
+        old.sweep()
+        expected = {path: made for path, made in expected.items() if now - made <= age}
+        files = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert files == {path for path in expected if path.suffix} and all(path.exists() for path in expected)
+    now += 2 * age
+    for _ in range(3):  # a folder is empty once what was in it is gone
+        old.sweep()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_readmes_example(page, monkeypatch):
