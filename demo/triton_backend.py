@@ -23,7 +23,9 @@ class TritonPythonModel:
         self.inputs = [one["name"] for one in config["input"]]
         self.outputs = [one["name"] for one in config["output"]]
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.enable_mem_pattern = False  # else each new shape keeps a block of memory for good
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Requests that Triton put together, [B, ...] each and alike after that, as one run; a response for each."""

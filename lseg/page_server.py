@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ LARGEST_FILE = "100mb"
 WAITING = 64  # visitors' calls that wait at most; more are told to come back
 SESSIONS = 1000  # visitors whose last choices Gradio remembers
 SWEEP = 60  # seconds between looks for photos that nobody asks for, and for old files
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
 FILES_AGE = 600  # seconds that uploads of closed tabs and label maps of the API are kept
 TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
 # The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
@@ -57,6 +59,15 @@ def check_address(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port") from None
+
+
+def give_memory_back() -> None:
+    """Tells glibc to return arrays of a megabyte and more to the system once they are freed, as it would at first.
+
+    With each that is freed it takes larger ones, up to 32 MiB, for such as are better kept among its own heaps.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
 
 
 class OldFiles:
@@ -108,6 +119,7 @@ def serve(
         say: takes the line with the address.
         ready: called when the page can be opened.
     """
+    give_memory_back()
     with tempfile.TemporaryDirectory(prefix="lseg-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads these two when it is imported
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

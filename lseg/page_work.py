@@ -171,8 +171,10 @@ class Desk:
         answer, grid = self._answered(photo), photo.grid
         if not 0 <= index < len(answer.names):
             raise UserError("there is no such label any more: choose one of the list")
-        if not answer.is_whole or grid is None:
-            raise UserError("heat maps are for photos seen whole: choose that inference, or the labels again")
+        if not answer.is_whole:
+            raise UserError("heat maps are for photos seen whole: choose that inference")
+        if grid is None:
+            raise UserError("this photo's embeddings made room for others': change its labels, and it is seen again")
         colours, low, high = heat_map(grid, answer.text[index], len(answer.labels))
         return {"map": _data_url(colours, ".png"), "low": round(low, 4), "high": round(high, 4)}
 

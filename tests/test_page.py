@@ -220,9 +220,14 @@ class TestPixelsAndHeat:
         labels = cv2.imdecode(np.frombuffer(desk.download(key, "labels")[1], np.uint8), cv2.IMREAD_UNCHANGED)
         (score,) = desk.pixel(key, 17, 40)["scores"]
         assert score["name"] == LABELS[labels[40, 17]]
-        with pytest.raises(UserError, match="heat maps are for photos seen whole"):
+        with pytest.raises(UserError, match="^heat maps are for photos seen whole: choose that inference$"):
             desk.heat(key, 0)
         assert desk.answer(key, LABELS, how)["kept"]
+        desk.kept.get(key).grid = None  # as where other photos need the room
+        with pytest.raises(UserError, match="^this photo's embeddings made room for others': change its labels, and"):
+            desk.heat(key, 0)
+        assert not desk.answer(key, LABELS[:2], how)["kept"]
+        assert desk.heat(key, 0)["map"]
 
     def test_what_is_not_there(self, desk, how, photo):
         key, _ = desk.open_photo(photo, LABELS, how)

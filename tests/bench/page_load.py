@@ -50,7 +50,7 @@ CHANGES = 4  # of words, for a photo that is open
 TURNS = {"api": 6, "page": 4, "pixels": 1, "no photo": 2, "cut short": 1, "empty": 1, "no words": 1, "too many": 1}
 TURNS |= {"left upload": 1, "left call": 1, "left page": 1}
 SENTENCES = ("is not an image", "cut short", "is empty", "no label is given", "are too many", "Queue is full")
-SENTENCES += ("is no longer kept on the server",)
+SENTENCES += ("is no longer kept on the server", "made room for others'")
 
 
 def make_photos(rng: random.Random) -> dict[str, bytes]:
@@ -123,7 +123,7 @@ class Tally:
     def refused(self, turn: str, text: str) -> None:
         known = next((sentence for sentence in SENTENCES if sentence in text), None)
         with self.lock:
-            if known is None or (turn in ("api", "page", "pixels") and known not in SENTENCES[-2:]):
+            if known is None or (turn in ("api", "page", "pixels") and known not in SENTENCES[-3:]):
                 self.faults.append(f"{turn}: refused without a reason: {text[:300]}")
             else:
                 self.refusals[f"{turn}: {known}"] += 1
