@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 EVERY = 0.25  # seconds from one look to the next
-KINDS = {"decode)": "decode", "write)": "write", "OnTables": "network", "ray::": "ray", "lseg_ray.py": "driver"}
+# Of a process's command line, which Ray's workers change with what they do: "workers" read, and write.
+KINDS = {
+    "OnTables": "network",
+    "MapBatches(": "workers",
+    "lseg_ray.py": "driver",
+    "ray::": "ray",
+    "-packages/ray/": "ray",
+}
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -33,6 +40,7 @@ class Usage:
         self._gpus: list[float] = []
         self._cpu: dict[str, float] = {}  # of each process at the last look
         self._kinds: Counter[str] = Counter()
+        self._worked: dict[str, str] = {}  # what an idle worker did last: its work may be over before a look
         self._done = threading.Event()
         command = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "250"]
         try:
@@ -76,6 +84,8 @@ class Usage:
                 if spent > self._cpu.get(pid, 0.0):
                     title = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace")
                     kind = next((kind for part, kind in KINDS.items() if part in title), "other")
+                    kind = self._worked.get(pid, kind) if "ray::IDLE" in title else kind
+                    self._worked[pid] = kind
                     self._kinds[kind] += spent - self._cpu.get(pid, 0.0 if self.looks else spent)
                 self._cpu[pid] = spent
 
