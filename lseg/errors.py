@@ -88,7 +88,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _read_names_as_utf8() -> None:
-    """Starts Python again where a locale without UTF-8 would let no other name or label through than ASCII's."""
-    if sys.getfilesystemencoding() != "utf-8":
+    """Starts Python again where a locale without UTF-8 would let no other name or label through than ASCII's.
+
+    Not where that cannot be: an embedded Python has no program, and what came by stdin has been read.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and sys.executable and sys.argv[0] not in ("", "-"):
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
