@@ -180,7 +180,8 @@ def tell(output: Output, left: list[Row], bad: int, seconds: float, say) -> int:
 
     done = output.done()
     missing = [row.shown for row in left if plain(row.name) not in done]
-    say(f"{len(left) - len(missing)} images in {seconds:.1f} s, {(len(left) - len(missing)) / seconds:.2f} a second")
+    rate = (len(left) - len(missing)) / seconds
+    say(f"{len(left) - len(missing)} images in {seconds:.1f} s, {rate:.2f} a second, in {output.where}")
     if len(missing) > bad:
         raise UserError(f"{missing[0]} and {len(missing) - bad - 1} more are in no part: go on with --resume")
     if bad:

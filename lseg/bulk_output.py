@@ -162,7 +162,10 @@ class Output:
             yield
             return
         try:
-            handle = os.open(os.path.join(self.where, RUN), os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(os.path.join(self.where, RUN), os.O_RDWR | (os.O_CREAT if begin else 0), 0o666)
+        except FileNotFoundError:  # a worker's machine has another folder there, or none
+            remedy = "on a cluster, give an --output that all machines share"
+            raise UserError(f"{self.where} is not, or no more, the folder that the run began with: {remedy}") from None
         except OSError as error:
             raise UserError(f"{self.where} cannot be written ({error.strerror}); choose another --output") from None
         with open(handle, "r+b", buffering=0) as file:

@@ -193,9 +193,8 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         reason = logger.last_error or "it gives no reason"
-        remedy = (
-            "free GPU memory" if "memory" in reason.lower() else "try another --precision, and see log/tensorrt.log"
-        )
+        no_memory = logger.no_memory or "memory" in reason.lower()
+        remedy = "free GPU memory" if no_memory else "try another --precision, and see log/tensorrt.log"
         raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): {remedy}")
     if cache is not None:
         with suppress(UserError):  # a disk without room for what only saves time; minutes' work is not lost by that

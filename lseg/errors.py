@@ -72,6 +72,15 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         status = 0
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "lseg":
+            raise
+        print(
+            f"error: the package {error.name} is not installed for {sys.executable}: use .venv/bin/python, put "
+            "./requirements.sh in front, or see requirements*.txt",
+            file=sys.stderr,
+        )
+        status = 2
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         reason = " ".join(str(error.strerror or error).split())  # some libraries add where in their source they are
@@ -88,7 +97,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _read_names_as_utf8() -> None:
-    """Starts Python again where a locale without UTF-8 would let no other name or label through than ASCII's."""
-    if sys.getfilesystemencoding() != "utf-8":
+    """Starts Python again where a locale without UTF-8 would let no other name or label through than ASCII's.
+
+    Not where that cannot be: an embedded Python has no program, and what came by stdin has been read.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and sys.executable and sys.argv[0] not in ("", "-"):
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

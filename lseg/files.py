@@ -15,6 +15,7 @@ from lseg.errors import UserError
 
 UNFINISHED = ".unfinished-"  # what the names of temporary folders begin with
 HELD = ".held"  # the file in them that is locked while their process lives
+MOST_SWEPT = 1000  # folders to remember: a server makes one for each answer
 _swept: set[Path] = set()  # folders that this process has looked through
 
 
@@ -30,11 +31,15 @@ def writable_folder(path: Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
 
 
-def write_files(files: Mapping[Path, bytes]) -> None:
+def write_files(files: Mapping[Path, bytes], durable: bool = True) -> None:
     """Writes files that belong together: each in a temporary folder beside it, and moved when all are written.
 
     Older files of all names but the first go before anything is moved: whoever is killed in between leaves the set
     without its end, and never a new file beside an old one.
+
+    Args:
+        files: paths and what is to stand there.
+        durable: wait until the disk has each, so that a power cut after the move leaves no empty file of its name.
 
     Raises:
         UserError: a folder cannot be made or written to, or the disk is full. What was there before stays.
@@ -49,7 +54,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.parent not in folders:
                     folders[path.parent] = stack.enter_context(unfinished(path.parent))
-                _write(folders[path.parent] / path.name, data)
+                _write(folders[path.parent] / path.name, data, durable)
             for path in list(files)[1:]:
                 path.unlink(missing_ok=True)
             for path in files:
@@ -58,12 +63,13 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another output folder") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file and waits until the disk has it: a power cut after the move leaves no empty file of its name."""
+def _write(path: Path, data: bytes, durable: bool) -> None:
     with open(path, "wb", buffering=0) as file:
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
+        if not durable:
+            return
         try:
             os.fsync(file.fileno())
         except OSError as error:
@@ -81,6 +87,8 @@ def unfinished(folder: Path) -> Iterator[Path]:
     resolved = folder.resolve()
     if resolved not in _swept:
         _sweep(resolved)
+        if len(_swept) >= MOST_SWEPT:
+            _swept.clear()
         _swept.add(resolved)
     path, handle = _held(folder)
     try:

@@ -118,7 +118,9 @@ def label_dtype(number: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if number <= np.iinfo(np.uint8).max else np.uint16
 
 
-def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], colours: np.ndarray) -> None:
+def save_label_map(
+    path: str | Path, labels: np.ndarray, names: Sequence[str], colours: np.ndarray, durable: bool = True
+) -> None:
     """Writes a label map as a PNG of indices, and beside it a JSON of what they mean.
 
     Args:
@@ -126,6 +128,7 @@ def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], c
         labels: integers [H, W], 0 to N - 1, or -1 for unlabelled: 255 in an 8-bit PNG, 65535 in a 16-bit one.
         names: N labels.
         colours: uint8 [N, 3], RGB.
+        durable: as `write_files` takes it.
 
     Raises:
         UserError: the path does not end in .png, its folder cannot be made or written to, or there are too many labels.
@@ -134,7 +137,7 @@ def save_label_map(path: str | Path, labels: np.ndarray, names: Sequence[str], c
     if path.suffix.lower() != ".png":
         raise UserError(f"{path}: a label map is a PNG; give a name that ends in .png")
     png, meaning = label_map_files(path.name, labels, names, colours)
-    write_files({path: png, path.with_suffix(".json"): meaning})
+    write_files({path: png, path.with_suffix(".json"): meaning}, durable)
 
 
 def as_hex(colour: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from lseg.weights import resolve
 
 KEY = b"LSeg made with\0"
 HEADER = 33  # bytes of a PNG before its second chunk
+LONGEST = 200  # characters
 
 
 def digest(
@@ -43,18 +44,21 @@ def digest(
 
 
 def stamped(png: bytes, made_with: str) -> bytes:
-    """The PNG with the digest in it; its pixels stay what they are."""
+    """The PNG with a text in it, ASCII of at most `LONGEST` characters; its pixels stay what they are."""
     content = b"tEXt" + KEY + made_with.encode("ascii")
     chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
     return png[:HEADER] + chunk + png[HEADER:]
 
 
 def made_with(path: Path) -> str | None:
-    """The digest in a picture; None where there is no picture, or it tells of none. OSError where it cannot be read."""
+    """The text in a picture; None where there is no picture, or it tells of none. OSError where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            start = file.read(HEADER + 8 + len(KEY) + 32)
+            start = file.read(HEADER + 8 + len(KEY) + LONGEST)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
-    kind, text = start[HEADER + 4 : HEADER + 8], start[HEADER + 8 :]
-    return text[len(KEY) :].decode("ascii", "replace") if kind == b"tEXt" and text.startswith(KEY) else None
+    length, kind = start[HEADER : HEADER + 4], start[HEADER + 4 : HEADER + 8]
+    if kind != b"tEXt":
+        return None
+    text = start[HEADER + 8 :][: int.from_bytes(length, "big")]
+    return text[len(KEY) :].decode("ascii", "replace") if text.startswith(KEY) else None

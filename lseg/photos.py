@@ -46,6 +46,7 @@ class Wanted:
         resume: leave out photos whose files are there, and go on with the lines.
         quiet: no progress bar.
         made_with: the digest of what decides the labels, which pictures tell: to resume, one with another is not done.
+            Empty: pictures tell nothing, and those that do are not done.
     """
 
     output: Path
@@ -58,6 +59,12 @@ class Wanted:
     resume: bool = False
     quiet: bool = False
     made_with: str = ""
+
+    @property
+    def besides(self) -> list[str]:
+        """What is made beside the picture, in words that the picture tells."""
+        kinds = {"labels": self.labels, "scores": self.scores, "lines": self.lines is not None, "rle": self.rle}
+        return [kind for kind, wanted in kinds.items() if wanted]
 
 
 class Made(NamedTuple):
@@ -81,7 +88,7 @@ def open_tasks(photos: Sequence[Photo], wanted: Wanted, names: Sequence[str] = (
     def done(task: Task) -> bool:
         start = wanted.output / task[1]
         there = all(_with(start, end).exists() for end in ends)
-        return there and _made_alike(start, wanted) and (told is None or task[0].shown in told)
+        return there and _vouched(start, wanted) and (told is None or task[0].shown in told)
 
     return [task for task in tasks if not done(task)]
 
@@ -93,7 +100,17 @@ def made_otherwise(tasks: Sequence[Task], wanted: Wanted) -> int:
 
 
 def _made_alike(start: Path, wanted: Wanted) -> bool:
-    return made_with(_with(start, PICTURE)) == (wanted.made_with or None)
+    return _told(start)[:1] == ([wanted.made_with] if wanted.made_with else [])
+
+
+def _vouched(start: Path, wanted: Wanted) -> bool:
+    """Whether the run that made the picture, alike, made all else that is wanted: what is there may be older."""
+    return _made_alike(start, wanted) and (not wanted.made_with or {*wanted.besides} <= {*_told(start)[1:]})
+
+
+def _told(start: Path) -> list[str]:
+    """What the picture tells of its run: the digest, and what was made beside it."""
+    return (made_with(_with(start, PICTURE)) or "").split()
 
 
 def _with(start: Path, end: str) -> Path:
@@ -143,7 +160,9 @@ def segment_photos(
                 files[_with(start, SCORES)] = file.getvalue()
             overlaid = overlay(made.photo, made.labels, colours)
             drawn = encode_image(panel(made.photo, overlaid, names, colours, shares(made.labels, len(names))))
-            write_files(files | {picture: stamped(drawn, wanted.made_with) if wanted.made_with else drawn})
+            if wanted.made_with:
+                drawn = stamped(drawn, " ".join([wanted.made_with, *wanted.besides]))
+            write_files(files | {picture: drawn})
 
         made.taken.measure("draw", draw)
         line = {}

@@ -128,7 +128,9 @@ def _in_list(path: Path) -> list[Photo]:
         if line:
             file = next((file for file in (Path(line), path.parent / line) if file.is_file()), None)
             if file is None:
-                raise UserError(f"line {number} of {path} names {line}, which is no file; correct the list")
+                raise UserError(
+                    f"line {number} of {path}, a list of photos, names '{line}', which is no file; correct it"
+                )
             photos.append(_photo(short(file), file.stem))
     if not photos:
         raise UserError(f"{path} names no photo; write one path a line")

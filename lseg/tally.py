@@ -13,6 +13,8 @@ import numpy as np
 
 from lseg.image import labels_to_photo
 
+STRIP = 2**18  # pixels counted at once: NumPy makes 25 bytes of each, and several photos are counted side by side
+
 
 class Tally(NamedTuple):
     """A photo's labels in numbers, at its own size.
@@ -36,11 +38,15 @@ def tally(labels: np.ndarray, cosines: np.ndarray, count: int) -> Tally:
         cosines: float32 [H, W], of each pixel with its label.
         count: N.
     """
-    known = labels >= 0
-    indices = labels[known]
     height, width = labels.shape
-    sums = np.bincount(indices, cosines[known], minlength=count)
-    return Tally((width, height), np.bincount(indices, minlength=count), sums)
+    pixels, sums = np.zeros(count, np.int64), np.zeros(count)
+    rows = max(1, STRIP // max(1, width))
+    for strip in (slice(top, top + rows) for top in range(0, height, rows)):
+        known = labels[strip] >= 0
+        indices = labels[strip][known]
+        pixels += np.bincount(indices, minlength=count)
+        sums += np.bincount(indices, cosines[strip][known], minlength=count)
+    return Tally((width, height), pixels, sums)
 
 
 def tally_at(labels: np.ndarray, cosines: np.ndarray, count: int, width: int, height: int) -> Tally:

@@ -60,7 +60,8 @@ def segment_to_files(
         return find_labels(runner, frame, text, vocabulary, wanted.inference, wanted.unknown)[0]
 
     def keep(index: int, _: np.ndarray, labels: np.ndarray) -> None:
-        save_label_map(wanted.output / f"{name}_labels" / f"{index:06}.png", labels, names, colours)
+        path = wanted.output / f"{name}_labels" / f"{index:06}.png"
+        save_label_map(path, labels, names, colours, durable=False)  # a slow disk would lose a camera's frames
 
     total = min((n for n in (video.frames, wanted.limit) if n), default=None)
     with tqdm(total=total, unit="frame", disable=True if wanted.quiet else None) as bar:

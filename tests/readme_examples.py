@@ -78,7 +78,7 @@ PLACES: dict[str, Runs | str] = {
     "python testlseg.py --report": Runs((), "NVIDIA H200"),
     "./polygraph.sh compare": Runs(("log/polygraph_compare.log",), "PASS"),
     "python demo/train.py": DATA,
-    "pip install -r requirements-ray.txt": Runs(),
+    "python -m pip install -r requirements-ray.txt": Runs(),
     "python lseg_ray.py photos/": Runs(("results/parts/*.parquet",), r"2 images in .* a second"),
     'python lseg_ray.py "shards/*.tar"': Runs(
         ("labelled/parts/*.parquet", "labelled/**/third_labels.png"), r"1 images in .* a second"
@@ -86,7 +86,7 @@ PLACES: dict[str, Runs | str] = {
     "python lseg_ray.py s3://": CLUSTER,
     "python enginerun.py --weights demo_e200.ckpt --export-triton": OFFICIAL,
     "tritonserver": TRITON,
-    'pip install "tritonclient[grpc]"': Runs(),
+    'python -m pip install "tritonclient[grpc]"': Runs(),
     "python demo/triton_client.py": TRITON,
     "pip install nvidia-pytriton": APART,
     "python demo/triton_server.py": APART,

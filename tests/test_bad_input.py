@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_enginerun import ROOT, names, save
 
+from lseg import errors
 from lseg.image import read_image
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 
@@ -200,3 +202,16 @@ class TestInterrupt:
         )
         assert (result.returncode, result.stderr) == (130, "\nerror: interrupted; what was finished before stays\n")
         assert names(tmp_path) == ["onnx"] and names(tmp_path / "onnx") == ["clip_textual.onnx"]  # which was finished
+
+
+def test_a_missing_package_is_named(capsys):
+    """With another Python than the environment's, say; a module of our own that is missing is a fault of ours."""
+    with pytest.raises(SystemExit) as raised:
+        errors.run(lambda: importlib.import_module("no_such_package.inner"))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: the package no_such_package is not installed for {sys.executable}: use .venv/bin/python, put "
+        "./requirements.sh in front, or see requirements*.txt\n"
+    )
+    with pytest.raises(ModuleNotFoundError):
+        errors.run(lambda: importlib.import_module("lseg.no_such_module"))

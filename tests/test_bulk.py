@@ -284,6 +284,15 @@ class TestTurns:
             worker.write({"parts/part-c.parquet": b"c"})
         assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["part-a.parquet", "part-b.parquet"]
 
+    def test_a_machine_with_a_folder_of_its_own(self, tmp_path):
+        """Of a cluster whose machines do not share the output: its parts would be nowhere, and nobody would know."""
+        first = Output(str(tmp_path))
+        first.take_over()
+        (tmp_path / bulk_output.RUN).unlink()
+        with pytest.raises(UserError, match=f"{tmp_path} is not, .*give an --output that all machines share"):
+            pickle.loads(pickle.dumps(first)).write({"parts/a": b"a"})
+        assert list(tmp_path.iterdir()) == []
+
     def test_the_next_run_waits_for_what_is_being_written(self, tmp_path, monkeypatch):
         """A part that a killed run's worker has begun to write is there when the next run looks, or never comes."""
         first, second, looked = Output(str(tmp_path)), Output(str(tmp_path)), []

@@ -253,6 +253,21 @@ def test_a_rejected_graph_names_the_node(trt, exported, tmp_path):
     assert not list(tmp_path.glob("*.engine"))
 
 
+def test_a_build_without_memory_is_told(trt, exported, tmp_path, monkeypatch):
+    """The builder's last error is often no more than what came of it."""
+    loggers, make = [], engine.make_logger
+
+    def fail(*_: object) -> None:
+        for message in ("Requested size was 9, out of memory", "no implementation found for node x"):
+            loggers[-1].log(trt.ILogger.Severity.ERROR, message)
+
+    monkeypatch.setattr(engine, "make_logger", lambda library: loggers.append(make(library)) or loggers[-1])
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", fail)
+    made = recipe(exported)
+    with pytest.raises(UserError, match="no implementation found for node x.: free GPU memory"):
+        get_engine(made.spec("dots"), lambda: made.prepare("dots"), tmp_path, DEVICE, lambda _: None)
+
+
 def test_a_failed_build_leaves_nothing(trt, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
     made = recipe(exported)

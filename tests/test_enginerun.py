@@ -396,18 +396,47 @@ class TestPhotos:
         other = "note: {} pictures were made with other labels, weights or options, and are made anew"
         assert go("sky, tree", "--resume", "--jsonl", lines)[0] == other.format(2)
         new = {path.name: path.read_bytes() for path in out.iterdir()}
-        go("sky, tree", "--quiet")
+        go("sky, tree", "--quiet", "--jsonl", lines)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == new
         assert all({e["name"] for e in json.loads(line)["labels"]} <= {"sky", "tree"} for line in open(lines))
         assert go("sky, tree", "--resume", "--jsonl", lines) == ["note: 2 of 2 photos are done already"]
         for name in ("b_lseg.png", "b_labels.png", "b_labels.json"):  # as a run leaves it that is killed after a photo
             (out / name).write_bytes(old[name])
-        assert go("sky, tree", "--resume")[:2] == [other.format(1), "note: 1 of 2 photos are done already"]
+        assert go("sky, tree", "--resume", "--jsonl", lines)[:2] == [
+            other.format(1),
+            "note: 1 of 2 photos are done already",
+        ]
         assert {path.name: path.read_bytes() for path in out.iterdir()} == new
         for more in (("--unknown", 0.5), ("--inference", "window"), ("--templates", "clip")):
             assert go("sky, tree", "--resume", *more)[0] == other.format(2)
         (out / "a_lseg.png").write_bytes(cv2.imencode(".png", read_map(out / "a_lseg.png"))[1].tobytes())
         assert go("sky, tree", "--resume", "--templates", "clip")[0] == other.format(1)  # it tells nothing
+
+    def test_resume_beside_what_is_older(self, tmp_path, segment, seed):
+        """Files that an earlier run made, beside a picture that a later one made without them, are made anew."""
+        photo, lines, out = save(tmp_path / "a.png", seed), tmp_path / "found.jsonl", tmp_path / "out"
+        everything = ("--save-labels", "--save-scores", "--jsonl", lines, "--rle")
+        found = []
+        for unknown in (0.9, -1):
+            assert segment(photo, "--labels", "sky, tree", "--unknown", unknown, *everything)[0] == 0
+            found.append({path.name: path.read_bytes() for path in (*out.iterdir(), lines)})
+        assert all(found[0][name] != found[1][name] for name in ("a_lseg.png", "a_labels.png", lines.name))
+        for more in (("--save-labels",), ("--save-scores",), ("--jsonl", lines), everything):
+            for name, data in found[0].items():
+                (lines if name == lines.name else out / name).write_bytes(data)
+            assert segment(photo, "--labels", "sky, tree", "--unknown", -1)[0] == 0  # the picture alone
+            again = (photo, "--labels", "sky, tree", "--unknown", -1, "--resume", *more)
+            assert segment(*again)[1][0] != "note: 1 of 1 photos are done already"
+            assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
+            if "--save-labels" in more:
+                assert (out / "a_labels.png").read_bytes() == found[1]["a_labels.png"]
+            if "--jsonl" in more:
+                told = [json.loads(text) for text in (lines.read_bytes(), found[1][lines.name])]
+                for line in told:
+                    for label in line["labels"]:
+                        label.pop("rle", None)
+                assert told[0] == told[1]
+        assert segment(*again[:6])[1] == ["note: 1 of 1 photos are done already"]  # less is wanted than there is
 
     def test_an_archive_gives_what_its_folder_gives(self, tmp_path, segment, seed):
         for index, name in enumerate(("x/1.png", "x/2.jpg", "3.png")):

@@ -261,6 +261,19 @@ class TestNoHomeAndNoLocale:
         assert [label["name"] for label in meaning["labels"]] == ["Straße", "空", "sky"]
         assert json.loads((out / "l.jsonl").read_text("utf-8"))["photo"].endswith("straße/日本.png")
 
+    @pytest.mark.parametrize("how", ["-c", "-m", "-", "embedded"])
+    def test_however_it_is_started(self, tmp_path, how):
+        """Once, with its status and options; anew in UTF-8 where there is a program to start."""
+        program = "import sys; from lseg.errors import run; run(lambda: print(sys.flags.utf8_mode, *sys.argv[1:]) or 7)"
+        (tmp_path / "program.py").write_text(program)
+        options = {"-c": ["-c", program], "-m": ["-m", "program"], "-": ["-"]}
+        options["embedded"] = ["-c", f"import sys; sys.executable = ''; {program}"]
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), **ASCII}
+        command = [sys.executable, *options[how], "a", "b"]
+        result = subprocess.run(command, env=environment, input=program.encode(), capture_output=True, timeout=60)
+        utf8 = 1 if how in ("-c", "-m") else 0
+        assert (result.returncode, result.stdout, result.stderr) == (7, f"{utf8} a b\n".encode(), b"")
+
     def test_a_folder_whose_name_is_no_text(self, tiny, tmp_path, capfd):
         """torch cannot open it: a sentence."""
         folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))

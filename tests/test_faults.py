@@ -123,6 +123,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
+def test_a_server_remembers_few_folders(tmp_path, monkeypatch):
+    """It makes a new one for each answer."""
+    monkeypatch.setattr(files, "_swept", set())
+    monkeypatch.setattr(files, "MOST_SWEPT", 3)
+    for index in range(8):
+        write_files({tmp_path / str(index) / "a": b"a"})
+        assert len(files._swept) <= 3 and names(tmp_path / str(index)) == ["a"]
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody who may not write there")
 def test_a_folder_of_somebody_else(tmp_path):
     """One sentence, and nothing left; as nobody, since root may write everywhere."""

@@ -59,7 +59,9 @@ class TestList:
         assert [str(photo.name) for photo in photos] == ["1", "2"] and len(notes) == 1
         monkeypatch.chdir(tmp_path)
         (tmp_path / "list.txt").write_text("photos/1.jpg\nnone.jpg\n")
-        with pytest.raises(UserError, match="line 2 of list.txt names none.jpg, which is no file; correct the list"):
+        with pytest.raises(
+            UserError, match="line 2 of list.txt, a list of photos, names 'none.jpg', which is no file; correct it"
+        ):
             list_photos(["list.txt"])
         for content, sentence in (
             (b"\n", "names no photo; write one path a line"),

@@ -7,7 +7,7 @@ import pytest
 
 from lseg.image import labels_to_photo
 from lseg.results import describe, describe_tally
-from lseg.tally import tally_at
+from lseg.tally import tally, tally_at
 
 
 @pytest.mark.parametrize("count, dtype", [(7, np.uint8), (255, np.uint8), (300, np.uint16)])
@@ -36,3 +36,19 @@ def test_as_at_the_photos_size(seed, count, dtype):
         for one, other in zip(ours["labels"], expected["labels"], strict=True):
             assert abs(one.pop("confidence") - other.pop("confidence")) < 1.5e-5
         assert ours == expected
+
+
+def test_strips_of_a_large_photo(seed, monkeypatch):
+    """Counted a few rows at a time, as if at once: the last strip is shorter, and a row may be longer than a strip."""
+    rng = np.random.default_rng(seed)
+    for strip in (1, 100, 1000, 10**6):
+        monkeypatch.setattr("lseg.tally.STRIP", strip)
+        height, width, count = (int(value) for value in rng.integers((1, 1, 1), (60, 60, 9)))
+        labels = rng.integers(-1, count, (height, width)).astype(np.int32)
+        cosines = rng.uniform(-1, 1, labels.shape).astype(np.float32)
+        found = tally(labels, cosines, count)
+        assert found.size == (width, height) and found.pixels.dtype == np.int64
+        for index in range(count):
+            here = labels == index
+            assert found.pixels[index] == here.sum()
+            assert abs(found.sums[index] - cosines[here].sum(dtype=np.float64)) < 1e-9

@@ -68,6 +68,11 @@ class TestRow:
         assert not [name for name, value in found if name == "holds" and value is not True]
         assert not [(name, value) for name, value in found if name in ("failures", "failed", "wrong") and value]
 
+    def test_its_faults_are_told(self, row):
+        """A run that counted faults says so in its row."""
+        faults = [value for name, value in values(row.log) if name == "faults" and value]
+        assert bool(faults) == ("fault" in row.outcome)
+
     def test_its_weights_are_the_files(self, row):
         weights = [value for name, value in values(row.log) if name == "weights" and isinstance(value, str)]
         assert all(weight in row.where for weight in weights)

@@ -14,7 +14,8 @@ import pytest
 from test_enginerun import ROOT, names, read_map
 
 from lseg import Segmenter
-from lseg.errors import short
+from lseg.errors import UserError, short
+from lseg.files import write_files
 from lseg.video import open_video  # before OpenCV's first video: FFmpeg's remarks are off from here on
 from lseg.vocabulary import parse_labels
 
@@ -60,6 +61,20 @@ def test_a_file(tiny, tmp_path, segment, seed):
         for index, frame in enumerate(frames):
             wanted = lseg.segment(frame, parse_labels(words).names).labels
             assert np.array_equal(read_map(tmp_path / "out" / "drive_labels" / f"{index:06}.png"), wanted)
+
+
+def test_no_frame_waits_for_the_disk(tmp_path, segment, seed, monkeypatch):
+    """A camera's next frames would be dropped meanwhile."""
+
+    def refuse(_: int) -> None:
+        raise OSError(5, "asked to wait")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match="asked to wait"):
+        write_files({tmp_path / "a": b"a"})
+    code, _, err = segment("--video", write_video(tmp_path / "drive.mp4", seed, 2), "--save-labels")
+    assert (code, err) == (0, [])
+    assert len(names(tmp_path / "out" / "drive_labels")) == 4
 
 
 def test_some_frames_and_unknown_pixels(tmp_path, segment, seed):
