@@ -22,7 +22,7 @@ WAITING = 64  # visitors' calls that wait at most; more are told to come back
 SESSIONS = 1000  # visitors whose last choices Gradio remembers
 SWEEP = 60  # seconds between looks for photos that nobody asks for, and for old files
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
-FILES_AGE = 600  # seconds that uploads of closed tabs and label maps of the API are kept
+FILES_AGE = 3600  # seconds that uploads and label maps of the API are kept: longer than a call waits in the queue
 TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
 # The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
 POLICY = (
