@@ -152,7 +152,7 @@ CASES = [
 
 @pytest.mark.parametrize("metadata, permissive", CASES)
 def test_what_is_not_known_counts_as_not_permissive(metadata, permissive, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
     from licences import is_permissive, licence_of
 
     assert is_permissive(licence_of(metadata)) is permissive

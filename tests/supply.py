@@ -1,8 +1,8 @@
 """Remakes what tells of the dependencies: requirements.lock, LICENCES.md and sbom.cdx.json.
 
     python3 -m venv DIR && DIR/bin/pip install "pip>=25.1" "uv>=0.9,<1" "cyclonedx-bom>=7.2,<8"
-    DIR/bin/python tools/supply.py               # newest versions that requirements.in allows
-    DIR/bin/python tools/supply.py --keep-lock   # of the lock that is there
+    DIR/bin/python tests/supply.py               # newest versions that requirements.in allows
+    DIR/bin/python tests/supply.py --keep-lock   # of the lock that is there
 
 It needs PyPI, and `./requirements.sh --dev` run before, whose packages are listed beside the locked ones.
 """
@@ -50,7 +50,7 @@ def make_lock() -> None:
     command = ["pip", "compile", "--no-config", "--universal", "--python-version", PYTHONS[0], "--upgrade", "--quiet"]
     command += ["--generate-hashes", "--default-index", INDEX, "--no-python-downloads"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
-    environment["UV_CUSTOM_COMPILE_COMMAND"] = "python tools/supply.py"
+    environment["UV_CUSTOM_COMPILE_COMMAND"] = "python tests/supply.py"
     beside = Path(sys.executable).with_name("uv")
     subprocess.run([beside, *command, "requirements.in", "-o", LOCK.name], cwd=ROOT, env=environment, check=True)
 

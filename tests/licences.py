@@ -27,7 +27,7 @@ PERMISSIVE = {
 }
 HEAD = """# Licences of the dependencies
 
-Made by `tools/supply.py`, from what the packages' own metadata say, which nobody has checked against their texts. This
+Made by `tests/supply.py`, from what the packages' own metadata say, which nobody has checked against their texts. This
 repository itself is under the MIT licence ([LICENSE](LICENSE)) and ships none of these packages; its README's last
 section names the licences of the vocabulary, the photo and the demo weights that it does ship.
 
