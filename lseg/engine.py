@@ -193,8 +193,7 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         reason = logger.last_error or "it gives no reason"
-        no_memory = logger.no_memory or "memory" in reason.lower()
-        remedy = "free GPU memory" if no_memory else "try another --precision, and see log/tensorrt.log"
+        remedy = "free GPU memory" if logger.no_memory else "try another --precision, and see log/tensorrt.log"
         raise UserError(f"TensorRT {trt.__version__} cannot build the {spec.name} engine ({reason}): {remedy}")
     if cache is not None:
         with suppress(UserError):  # a disk without room for what only saves time; minutes' work is not lost by that
@@ -205,19 +204,24 @@ def build(spec: EngineSpec, model: onnx.ModelProto, folder: Path) -> bytes:
 def make_logger(trt):
     """A TensorRT logger that writes warnings to log/tensorrt.log and keeps the last error.
 
-    `no_memory` tells whether any error spoke of too little: the last one is often no more than what came of it.
+    `no_memory` tells whether the last error spoke of memory, or any of being out of it: the last one is often no more
+    than what came of that.
     """
     from lseg.logfile import append
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last_error, self.no_memory = "", False
+            self.last_error, self._ran_out = "", False
+
+        @property
+        def no_memory(self) -> bool:
+            return self._ran_out or "memory" in self.last_error.lower()
 
         def log(self, severity: trt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.last_error = " ".join(message.split())[:300]
-                self.no_memory = self.no_memory or "out of memory" in message.lower()
+                self._ran_out = self._ran_out or "out of memory" in message.lower()
             if severity not in (trt.ILogger.Severity.INFO, trt.ILogger.Severity.VERBOSE):
                 append("tensorrt.log", f"{severity.name}: {message}")
 

@@ -17,7 +17,7 @@ class Engine:
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._runtime.deserialize_cuda_engine(serialized)
         if self.engine is None:
-            if self._logger.no_memory or "memory" in self._logger.last_error.lower():
+            if self._logger.no_memory:
                 raise UserError(f"the GPU has no memory left to load the engine ({self._logger.last_error})")
             raise EngineRefused(self._logger.last_error)
         self._stream = stream

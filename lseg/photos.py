@@ -96,16 +96,17 @@ def open_tasks(photos: Sequence[Photo], wanted: Wanted, names: Sequence[str] = (
 def made_otherwise(tasks: Sequence[Task], wanted: Wanted) -> int:
     """How many of the photos have a picture that another run made, with something else."""
     starts = [wanted.output / name for _, name in tasks]
-    return sum(_with(start, PICTURE).exists() and not _made_alike(start, wanted) for start in starts)
+    return sum(_with(start, PICTURE).exists() and not _made_alike(_told(start), wanted) for start in starts)
 
 
-def _made_alike(start: Path, wanted: Wanted) -> bool:
-    return _told(start)[:1] == ([wanted.made_with] if wanted.made_with else [])
+def _made_alike(told: list[str], wanted: Wanted) -> bool:
+    return told[:1] == ([wanted.made_with] if wanted.made_with else [])
 
 
 def _vouched(start: Path, wanted: Wanted) -> bool:
     """Whether the run that made the picture, alike, made all else that is wanted: what is there may be older."""
-    return _made_alike(start, wanted) and (not wanted.made_with or {*wanted.besides} <= {*_told(start)[1:]})
+    told = _told(start)
+    return _made_alike(told, wanted) and (not wanted.made_with or {*wanted.besides} <= {*told[1:]})
 
 
 def _told(start: Path) -> list[str]:
@@ -150,16 +151,17 @@ def segment_photos(
         def draw() -> None:
             """The picture comes last and vouches for the others: they are of the same run."""
             files: dict[Path, bytes] = {}
+            fractions = shares(made.labels, len(names))
             if wanted.labels:
                 path = _with(start, LABEL_MAP)
-                png, meaning = label_map_files(path.name, made.labels, names, colours)
+                png, meaning = label_map_files(path.name, made.labels, names, colours, fractions)
                 files |= {path: png, _with(start, MEANING): meaning}
             if wanted.scores:
                 file = io.BytesIO()
                 np.save(file, made.scores)
                 files[_with(start, SCORES)] = file.getvalue()
             overlaid = overlay(made.photo, made.labels, colours)
-            drawn = encode_image(panel(made.photo, overlaid, names, colours, shares(made.labels, len(names))))
+            drawn = encode_image(panel(made.photo, overlaid, names, colours, fractions))
             if wanted.made_with:
                 drawn = stamped(drawn, " ".join([wanted.made_with, *wanted.besides]))
             write_files(files | {picture: drawn})

@@ -16,12 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
 SIZES = "480x480,1000x1000,2000x1500,4000x3000,4000x4000"  # width and height
 LABELS = 150
@@ -58,7 +57,10 @@ def measure(args: argparse.Namespace, mode: str, width: int, height: int) -> dic
             most[0] = max(most[0], gpu_memory_mib() or 0.0)
 
     with ExitStack() as stack:
-        stack.enter_context(held(args.leave_mib))
+        if args.leave_mib is not None:
+            from little_memory import little_memory
+
+            stack.enter_context(little_memory(args.leave_mib))
         before = gpu_memory_mib()
         lseg = stack.enter_context(Segmenter(args.weights, args.backend, onnx=args.onnx, engines=args.engines))
         text = rng.standard_normal((LABELS, 512)).astype(np.float32)
@@ -79,24 +81,6 @@ def measure(args: argparse.Namespace, mode: str, width: int, height: int) -> dic
     found = {"mode": mode, "width": width, "height": height, "labels": LABELS, "milliseconds": summarise(taken)}
     found |= {"peak_host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, "made_by": identity}
     return found | ({} if before is None else {"peak_gpu_mib": round(most[0] - before)})
-
-
-@contextmanager
-def held(leave_mib: int | None) -> Iterator[None]:
-    """Holds the GPU's free memory but for so many MiB."""
-    if leave_mib is None:
-        yield
-        return
-    from lseg.cuda import Device
-
-    with Device() as device:
-        memory = device.driver.mem_alloc(device.driver.mem_get_info()[0] - (leave_mib << 20))
-    try:
-        yield
-    finally:
-        with device:
-            memory.free()
-        device.close()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
+from little_memory import little_memory  # noqa: E402
 
 from lseg.benchmark import machine  # noqa: E402
-from lseg.cuda import Device  # noqa: E402
 from lseg.errors import UserError  # noqa: E402
 from lseg.files import UNFINISHED, write_files  # noqa: E402
 
@@ -138,19 +137,6 @@ def refused(args: argparse.Namespace, *options: object) -> dict:
         left = case.left()
         holds = done.returncode == 2 and one and not left
         return {"status": done.returncode, "said": said[-3:], "left": left, "holds": holds}
-
-
-@contextmanager
-def little_memory(mib: int) -> Iterator[None]:
-    """While another program holds the GPU's memory but for so many MiB."""
-    with Device() as device:
-        held = device.driver.mem_alloc(device.driver.mem_get_info()[0] - (mib << 20))
-    try:
-        yield
-    finally:
-        with device:
-            held.free()
-        device.close()
 
 
 def does_or_tells(args: argparse.Namespace, expected: np.ndarray, mib: int, *options: object, build: bool) -> dict:
