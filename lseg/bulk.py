@@ -209,7 +209,7 @@ def run_parts(
         data = data.map_batches(on_tables(stages.decode), **whole, **slot)
         data = data.map_batches(
             OnTables,
-            **whole,
+            **whole | {"batch_size": 1},  # a part is one row; on GPUs Ray wants to be told
             # Ray keeps these in its object store: one copy of the texts a machine, however many actors.
             fn_constructor_kwargs={"kind": stages.network, "engines": engines, "wanted": wanted, "text": text},
             compute=ActorPoolStrategy(size=where.actors, max_tasks_in_flight_per_actor=AHEAD + 1, **_threaded()),

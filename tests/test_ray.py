@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,8 @@ pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: ./requirem
 LABELS = "sky, building, tree, road"
 
 
-@pytest.fixture(scope="module")
-def two_cores() -> None:
-    """One cluster for all tests here, as lseg_ray.py starts it on two cores, and the workers find the tests' stages."""
+def start_cluster(**resources: int) -> None:
+    """A cluster as lseg_ray.py starts it on two cores, and the workers find the tests' stages."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -43,7 +42,14 @@ def two_cores() -> None:
         object_store_memory=128 << 20,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path}} | interpreter(),
+        **resources,
     )
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """One cluster for all tests here."""
+    start_cluster()
     yield
     ray.shutdown()
 
