@@ -2,12 +2,12 @@
 
     python tests/faults.py --kills 200 --output log/faults_cpu.json                 every target that needs no GPU
     python tests/faults.py --kills 200 --seed 5 --target export --output log/faults_cpu.json
-    python tests/faults.py --target engine-gpu --onnx onnx --output log/faults_gpu.json [--through SCRIPT]
+    python tests/faults.py --target engine-gpu --onnx onnx --output log/faults_gpu.json --jobs 5 [--through SCRIPT]
 
 Each round starts the work in a process group of its own, kills the group (SIGKILL) after a delay drawn over the length
 of an undisturbed run, looks at what is left, and lets the work run again to its end: the exit status must be 0, and the
 outputs those of the undisturbed run. The report keeps other targets' entries in --output. The exit status is 1 where a
-round found a fault.
+round found a fault. --jobs shares the kills out to processes with seeds of their own: SEED, SEED + 1, and so on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import importlib
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, help=f"of each target (default: 200; {FEW} for engine-gpu)")
     parser.add_argument("--seed", type=int, help="of the delays and inputs (default: a fresh one)")
     parser.add_argument("--minutes", type=float, help="of each target: no round begins later (default: no limit)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share a target's kills (default: 1)")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON: written after each round")
     parser.add_argument("--folder", type=Path, help="where the rounds' files go (default: a temporary folder)")
     gpu = parser.add_argument_group("engine-gpu")
@@ -71,6 +74,11 @@ def main(args: argparse.Namespace) -> int:
     for name in args.target or [name for name in TARGETS if name not in NEEDS_GPU]:
         kills = args.kills or (FEW if name in NEEDS_GPU else 200)
         print(f"{name}: {kills} kills, seed {seed}", flush=True)
+        if args.jobs > 1:
+            entry = in_parallel(args, name, kills, seed)
+            save(args.output, name, entry)
+            faults += len(entry["faults"])
+            continue
         report = Report(lambda entry, name=name: save(args.output, name, entry), seed, kills)
         with tempfile.TemporaryDirectory(prefix="lseg-faults-", dir=args.folder) as folder:
             end = time.monotonic() + args.minutes * 60 if args.minutes else None
@@ -80,6 +88,43 @@ def main(args: argparse.Namespace) -> int:
         faults += len(report.entry["faults"])
         print(f"{name}: {report.summary()}", flush=True)
     return 1 if faults else 0
+
+
+def in_parallel(args: argparse.Namespace, name: str, kills: int, seed: int) -> dict:
+    """A target's kills by several processes, each a run of this script; their entries as one."""
+    jobs = []
+    with tempfile.TemporaryDirectory(prefix="lseg-faults-", dir=args.folder) as folder:
+        for index in range(min(args.jobs, kills)):
+            own = {"--target": name, "--seed": seed + index, "--output": Path(folder, f"{index}.json"), "--jobs": 1}
+            own["--kills"] = (kills + index) // min(args.jobs, kills)
+            options = [word for option, value in own.items() for word in (option, str(value))]
+            command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0]) + 1], *options, *passed_on(args)]
+            jobs.append((own["--output"], subprocess.Popen(command)))
+        for _, process in jobs:
+            process.wait()
+        missing = [str(path) for path, _ in jobs if not path.is_file()]
+        if missing:
+            raise SystemExit(f"error: {len(missing)} of {len(jobs)} processes wrote no report: see above")
+        return merged([json.loads(path.read_text())["targets"][name] for path, _ in jobs])
+
+
+def passed_on(args: argparse.Namespace) -> list[str]:
+    """The options that each process of several has as this one."""
+    names = ("minutes", "folder", "onnx", "weights", "precision", "opt_level", "photo", "through")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def merged(entries: list[dict]) -> dict:
+    """Entries of one target as one: numbers of kills and counts summed, lists one after the other."""
+    whole = {**entries[0], "jobs": len(entries), "seed": [entry["seed"] for entry in entries]}
+    for key in ("kills_wanted", "kills", "ended_before_the_kill", "faults", "rounds"):
+        if key in whole:  # numbers, or lists
+            whole[key] = sum((entry[key] for entry in entries), type(whole[key])())
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        counts.update(entry["counts"])
+    return whole | {"counts": dict(sorted(counts.items())), "seconds": max(entry["seconds"] for entry in entries)}
 
 
 def save(path: Path, name: str, entry: dict) -> None:
