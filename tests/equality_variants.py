@@ -30,6 +30,8 @@ def world(args: argparse.Namespace) -> dict[str, tuple[str, Open]]:
         variant = replace(variant, compiled=False)  # to compile for each pair of shapes takes a minute
         opener = lambda variant=variant: open_variant(variant, args.weights, args.onnx, args.engines)  # noqa: E731
         found[variant.name] = (variant.precision, opener)
+    if "torch-fp16" in args.variants.split(",") and "torch" in found:  # on a CPU for its rounding, not its speed
+        found["torch-fp16"] = ("fp16", lambda: _torch_fp16(args.weights))
     for precision, matmul in FORMS:
         opener = lambda p=precision, m=matmul: contextlib.closing(GraphRunner(args.onnx, p, m))  # noqa: E731
         found[f"graph-{precision}-{matmul}"] = (precision, opener)
@@ -77,6 +79,12 @@ class GraphRunner:
 
     def close(self) -> None:
         self.image = self.text = None
+
+
+def _torch_fp16(weights: str) -> Runner:
+    from lseg.run_torch import TorchRunner
+
+    return TorchRunner(weights, precision="fp16")
 
 
 @contextlib.contextmanager
