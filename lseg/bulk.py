@@ -202,14 +202,15 @@ def run_parts(
     context.print_on_execution_start = False
     stages = stages or Stages()
     data = ray.data.from_items([pack(list(part)) for part in parts], override_num_blocks=len(parts))
-    whole = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    # A part is one row. For GPUs Ray wants to be told of a batch's size.
+    whole = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     with warnings.catch_warnings():  # how often to try has no other way in, up to the newest version asked for
         warnings.simplefilter("ignore")
         slot = {"fn_kwargs": {"wanted": wanted}, "num_cpus": SLOT, "max_retries": TRIES}
         data = data.map_batches(on_tables(stages.decode), **whole, **slot)
         data = data.map_batches(
             OnTables,
-            **whole | {"batch_size": 1},  # a part is one row; on GPUs Ray wants to be told
+            **whole,
             # Ray keeps these in its object store: one copy of the texts a machine, however many actors.
             fn_constructor_kwargs={"kind": stages.network, "engines": engines, "wanted": wanted, "text": text},
             compute=ActorPoolStrategy(size=where.actors, max_tasks_in_flight_per_actor=AHEAD + 1, **_threaded()),

@@ -16,7 +16,7 @@ from equality_cases import BATCHES
 from lseg.onnx_file import IMAGE_ONNX, read_metadata
 from lseg.recipes import LABELS_A_PASS, Recipe
 from lseg.runner import EngineOptions, Runner, Segmentation, Timings
-from lseg.variants import open_variant, variants_here
+from lseg.variants import EVERY, REFERENCE, open_variant, variants_here
 
 FORMS = (("fp32", "4d"), ("fp32", "3d"), ("fp32", "2d"), ("fp16", "4d"), ("fp16", "2d"))
 SCORES = 1024  # images times labels a run of a graph: 1 MB each
@@ -25,13 +25,13 @@ Open = Callable[[], contextlib.AbstractContextManager[Runner]]
 
 def world(args: argparse.Namespace) -> dict[str, tuple[str, Open]]:
     """Of each variant of this machine its precision, and what opens it."""
-    found = {}
-    for variant in variants_here():
+    found, here = {}, {variant.name: variant for variant in variants_here()}
+    if "torch-fp16" in args.variants.split(",") and REFERENCE in here:  # on a CPU for its rounding, not its speed
+        here["torch-fp16"] = next(variant for variant in EVERY if variant.name == "torch-fp16")
+    for variant in here.values():
         variant = replace(variant, compiled=False)  # to compile for each pair of shapes takes a minute
         opener = lambda variant=variant: open_variant(variant, args.weights, args.onnx, args.engines)  # noqa: E731
         found[variant.name] = (variant.precision, opener)
-    if "torch-fp16" in args.variants.split(",") and "torch" in found:  # on a CPU for its rounding, not its speed
-        found["torch-fp16"] = ("fp16", lambda: _torch_fp16(args.weights))
     for precision, matmul in FORMS:
         opener = lambda p=precision, m=matmul: contextlib.closing(GraphRunner(args.onnx, p, m))  # noqa: E731
         found[f"graph-{precision}-{matmul}"] = (precision, opener)
@@ -79,12 +79,6 @@ class GraphRunner:
 
     def close(self) -> None:
         self.image = self.text = None
-
-
-def _torch_fp16(weights: str) -> Runner:
-    from lseg.run_torch import TorchRunner
-
-    return TorchRunner(weights, precision="fp16")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@
 Each round starts the work in a process group of its own, kills the group (SIGKILL) after a delay drawn over the length
 of an undisturbed run, looks at what is left, and lets the work run again to its end: the exit status must be 0, and the
 outputs those of the undisturbed run. The report keeps other targets' entries in --output. The exit status is 1 where a
-round found a fault. --jobs shares the kills out to processes with seeds of their own: SEED, SEED + 1, and so on.
+round found a fault. --jobs shares the kills out to processes with seeds of their own, SEED, SEED + 1 and so on,
+and the report is written when all have ended.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import importlib
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,45 +78,31 @@ def main(args: argparse.Namespace) -> int:
     for name in args.target or [name for name in TARGETS if name not in NEEDS_GPU]:
         kills = args.kills or (FEW if name in NEEDS_GPU else 200)
         print(f"{name}: {kills} kills, seed {seed}", flush=True)
+        keep = partial(save, args.output, name)
         if args.jobs > 1:
-            entry = in_parallel(args, name, kills, seed)
-            save(args.output, name, entry)
-            faults += len(entry["faults"])
-            continue
-        report = Report(lambda entry, name=name: save(args.output, name, entry), seed, kills)
-        with tempfile.TemporaryDirectory(prefix="lseg-faults-", dir=args.folder) as folder:
-            end = time.monotonic() + args.minutes * 60 if args.minutes else None
-            settings = Settings(Path(folder), random.Random(f"{seed} {name}"), seed, kills, end, report, args)
-            importlib.import_module(f"kills.{TARGETS[name]}").run(settings)
-        report.finish()
-        faults += len(report.entry["faults"])
-        print(f"{name}: {report.summary()}", flush=True)
+            with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+                count = min(args.jobs, kills)
+                shares = [(kills + index) // count for index in range(count)]
+                entry = merged(list(pool.map(partial(rounds, args, name), shares, range(seed, seed + count))))
+            keep(entry)
+        else:
+            entry = rounds(args, name, kills, seed, keep)
+        faults += len(entry["faults"])
     return 1 if faults else 0
 
 
-def in_parallel(args: argparse.Namespace, name: str, kills: int, seed: int) -> dict:
-    """A target's kills by several processes, each a run of this script; their entries as one."""
-    jobs = []
+def rounds(
+    args: argparse.Namespace, name: str, kills: int, seed: int, keep: Callable[[dict], object] = lambda entry: None
+) -> dict:
+    """So many kills of a target, one after the other: its entry, which `keep` is given after each round."""
+    report = Report(keep, seed, kills)
     with tempfile.TemporaryDirectory(prefix="lseg-faults-", dir=args.folder) as folder:
-        for index in range(min(args.jobs, kills)):
-            own = {"--target": name, "--seed": seed + index, "--output": Path(folder, f"{index}.json"), "--jobs": 1}
-            own["--kills"] = (kills + index) // min(args.jobs, kills)
-            options = [word for option, value in own.items() for word in (option, str(value))]
-            command = [*sys.orig_argv[: sys.orig_argv.index(sys.argv[0]) + 1], *options, *passed_on(args)]
-            jobs.append((own["--output"], subprocess.Popen(command)))
-        for _, process in jobs:
-            process.wait()
-        missing = [str(path) for path, _ in jobs if not path.is_file()]
-        if missing:
-            raise SystemExit(f"error: {len(missing)} of {len(jobs)} processes wrote no report: see above")
-        return merged([json.loads(path.read_text())["targets"][name] for path, _ in jobs])
-
-
-def passed_on(args: argparse.Namespace) -> list[str]:
-    """The options that each process of several has as this one."""
-    names = ("minutes", "folder", "onnx", "weights", "precision", "opt_level", "photo", "through")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        end = time.monotonic() + args.minutes * 60 if args.minutes else None
+        settings = Settings(Path(folder), random.Random(f"{seed} {name}"), seed, kills, end, report, args)
+        importlib.import_module(f"kills.{TARGETS[name]}").run(settings)
+    report.finish()
+    print(f"{name}: {report.summary()}", flush=True)
+    return report.entry
 
 
 def merged(entries: list[dict]) -> dict:

@@ -22,10 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-def test_a_few_kills(tmp_path, seed):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_few_kills(jobs, tmp_path, seed):
     """A folder of photos, killed and resumed: every photo has its files and its line once."""
     output = tmp_path / "report.json"
     command = [sys.executable, str(ROOT / "tests" / "faults.py"), "--target", "folder", "--kills", "5"]
+    command += ["--jobs", str(jobs)]
     command += ["--seed", str(seed), "--output", str(output), "--folder", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

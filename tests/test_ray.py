@@ -46,10 +46,18 @@ def start_cluster(**resources: int) -> None:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def two_cores() -> Iterator[None]:
-    """One cluster for all tests here."""
+    """One cluster for all tests of a class."""
     start_cluster()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="class")
+def two_gpus() -> Iterator[None]:
+    """The same, and Ray is told of GPUs: it counts them, and nothing here uses one."""
+    start_cluster(num_gpus=2)
     yield
     ray.shutdown()
 
@@ -59,7 +67,7 @@ Call = Callable[..., tuple[int, list[str], list[str]]]
 
 @pytest.fixture
 def bulk(tiny, tmp_path, capfd) -> Call:
-    """Runs lseg_ray with the tiny weights on `two_cores`, to tmp_path / "out": exit status, lines on stdout, stderr."""
+    """Runs lseg_ray with the tiny weights on the cluster, to tmp_path / "out": exit status, lines on stdout, stderr."""
 
     def call(*arguments: object, stages: Stages | None = None, output: object = None) -> tuple[int, list, list]:
         options = ["--weights", tiny.weights, "--onnx", tiny.folder, "--backend", "onnxruntime", "--part", 3]
@@ -126,6 +134,17 @@ class Dies(Network):
         self.count = getattr(self, "count", 0) + 1
         if self.count == 3 and once(Path(self.wanted.output.where, "killed-actor")):
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+
+class TellsItsGpu(Network):
+    """An actor that writes down which GPU is its own."""
+
+    def __call__(self, part: Part) -> Part:
+        result = super().__call__(part)
+        folder = Path(self.wanted.output.where, "gpus")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{os.environ['CUDA_VISIBLE_DEVICES']}-{os.getpid()}").touch()
         return result
 
 
@@ -252,6 +271,21 @@ class TestRuns:
                 expected = Features(grid, 64, *photo.shape[:2]).strided(9)
                 assert row["shape"] == list(expected.shape) and row["stride"] == 9
                 assert np.array_equal(np.array(row["features"], np.float16).reshape(expected.shape), expected)
+
+
+@pytest.mark.usefixtures("two_gpus")
+class TestClusterWithGpus:
+    def test_an_actor_a_gpu(self, bulk, segment, photos, tmp_path):
+        code, out, err = bulk(photos, "--save-labels", stages=Stages(network=TellsItsGpu))
+        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, 2 on a GPU at a time")
+        assert_same(rows_in(tmp_path / "out"), lines_of(segment, photos, folder=tmp_path))
+        found = [path.name.split("-") for path in (tmp_path / "out" / "gpus").iterdir()]
+        assert {gpu for gpu, _ in found} <= {"0", "1"} and len({actor for _, actor in found}) == len(found)
+
+    def test_more_actors_than_gpus(self, bulk, photos):
+        code, _, err = bulk(photos, "--actors", 3)
+        assert code == 2
+        assert err == ["error: --actors 3 are more than the cluster's 2 GPUs: give at most one a GPU"]
 
 
 @pytest.mark.slow
