@@ -85,33 +85,53 @@ extern "C" __global__ void cut_windows(const unsigned char *photos, int H, int W
     }
 }
 
-// The squares of upsampled z, summed over groups of channels: float32 [groups, B, 2s, 2s].
+// What the lengths of upsampled z follow from: the products, over a group of channels, of each place's vector with
+// itself, its right and lower neighbours and the one beyond both, and of these two: float32 [groups, 5, B, s, s].
 template <typename T>
-__device__ inline void squares(const T *z, int D, int s, int group, float *sums) {
-    int wide = 2 * s, pixel = EACH(x), g = EACH(y), b = EACH(z);
-    if (pixel >= wide * wide) return;
-    Tap down = tap(pixel / wide, s, wide), across = tap(pixel % wide, s, wide);
+__device__ inline void products(const T *z, int D, int s, int group, float *sums) {
+    int place = EACH(x), g = EACH(y), b = EACH(z), area = s * s;
+    if (place >= area) return;
+    int right = place % s + 1 < s ? 1 : 0, below = place / s + 1 < s ? s : 0;
     int last = min((g + 1) * group, D);
-    float sum = 0;
+    float own = 0, beside = 0, under = 0, falling = 0, rising = 0;
+    const T *at = z + ((long long)b * D + g * group) * area + place;
 #pragma unroll 4
-    for (int channel = g * group; channel < last; ++channel) {
-        const T *plane = z + ((long long)b * D + channel) * s * s;
-        float a = value(plane[down.first * s + across.first]), c = value(plane[down.first * s + across.second]);
-        float e = value(plane[down.second * s + across.first]), f = value(plane[down.second * s + across.second]);
-        float left = a + (e - a) * down.weight, right = c + (f - c) * down.weight;
-        float x = left + (right - left) * across.weight;
-        sum += x * x;
+    for (int channel = g * group; channel < last; ++channel, at += area) {
+        float a = value(at[0]), c = value(at[right]), e = value(at[below]), f = value(at[below + right]);
+        own += a * a;
+        beside += a * c;
+        under += a * e;
+        falling += a * f;
+        rising += c * e;
     }
-    sums[((long long)g * gridDim.z + b) * wide * wide + pixel] = sum;
+    long long step = (long long)gridDim.z * area;
+    float *to = sums + 5 * g * step + (long long)b * area + place;
+    to[0] = own;
+    to[step] = beside;
+    to[2 * step] = under;
+    to[3 * step] = falling;
+    to[4 * step] = rising;
 }
 
-// One over the length: groups' sums [groups, count] to float32 [count].
-extern "C" __global__ void inverse_lengths(const float *sums, int groups, int count, float *inverse) {
-    int i = EACH(x);
-    if (i >= count) return;
+// One over the lengths of upsampled z, float32 [B, 2s, 2s]: a weighted sum of four vectors, so its square is one of
+// the products of each two.
+extern "C" __global__ void inverse_lengths(const float *sums, int groups, int s, float *inverse) {
+    int wide = 2 * s, pixel = EACH(x), b = EACH(y), area = s * s;
+    if (pixel >= wide * wide) return;
+    Tap down = tap(pixel / wide, s, wide), across = tap(pixel % wide, s, wide);
+    float a = (1 - down.weight) * (1 - across.weight), c = (1 - down.weight) * across.weight;
+    float e = down.weight * (1 - across.weight), f = down.weight * across.weight;
+    int right = across.second - across.first, below = (down.second - down.first) * s;
+    long long step = (long long)gridDim.y * area;
+    const float *own = sums + (long long)b * area + down.first * s + across.first;
     float sum = 0;
-    for (int g = 0; g < groups; ++g) sum += sums[(long long)g * count + i];
-    inverse[i] = 1 / sqrtf(sum);
+    for (int g = 0; g < groups; ++g, own += 5 * step) {
+        const float *beside = own + step, *under = own + 2 * step;
+        sum += a * a * own[0] + c * c * own[right] + e * e * own[below] + f * f * own[below + right];
+        sum += 2 * (a * c * beside[0] + e * f * beside[below] + a * e * under[0] + c * f * under[right]);
+        sum += 2 * (a * f * own[3 * step] + c * e * own[4 * step]);
+    }
+    inverse[(long long)b * wide * wide + pixel] = sum > 0 ? 1 / sqrtf(sum) : 0;  // opposite neighbours can cancel out
 }
 
 // Unit embeddings [B, D, 2s, 2s] in z's type, a group of channels a thread.
@@ -260,8 +280,8 @@ extern "C" __global__ void combine(const long long *maps, int scales, int N, int
 }
 
 #define FOR_TYPE(T, suffix)                                                                                            \
-    extern "C" __global__ void squares_##suffix(const T *z, int D, int s, int group, float *sums) {                    \
-        squares(z, D, s, group, sums);                                                                                 \
+    extern "C" __global__ void products_##suffix(const T *z, int D, int s, int group, float *sums) {                   \
+        products(z, D, s, group, sums);                                                                                \
     }                                                                                                                  \
     extern "C" __global__ void embeddings_##suffix(const T *z, const float *inverse, int D, int s, int group,          \
                                                    T *result) {                                                        \

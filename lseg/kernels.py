@@ -11,7 +11,8 @@ from lseg.errors import UserError
 
 PTX = Path(__file__).with_name("kernels.ptx")
 THREADS = 128  # a block
-GROUPS = 8  # of channels, whose squares are summed apart: enough threads for one image
+GROUPS = 8  # of channels, whose products are summed apart: enough threads for one image
+PRODUCTS = 5  # of a place's vector and its neighbours'
 CHANNELS_A_THREAD = 64  # of embeddings
 STRIP = 256  # a photo's rows that are combined in one launch: a display's watchdog allows two seconds
 SUFFIXES = {np.dtype(np.float32): "fp32", np.dtype(np.float16): "fp16", np.dtype(np.uint16): "bf16"}
@@ -55,13 +56,17 @@ class Kernels:
                      np.int32(side), _address(images))  # fmt: skip
 
     def inverse_lengths(self, z: int, sums: int, inverse: int, batch: int) -> None:
-        """z [B, D, s, s] to one over its lengths, upsampled: float32 [B, 2s, 2s]; `sums` holds GROUPS times that."""
-        count = 4 * self.side**2
+        """z [B, D, s, s] to one over its lengths, upsampled: float32 [B, 2s, 2s]; `sums` holds `sums_size` float32."""
         group = -(-self.dimension // GROUPS)
+        grid = (_blocks(self.side**2), GROUPS, batch)
         numbers = _ints(self.dimension, self.side, group)
-        self._launch(f"squares_{self._suffix}", (_blocks(count), GROUPS, batch), _address(z), *numbers, _address(sums))
-        grid = (_blocks(batch * count), 1, 1)
-        self._launch("inverse_lengths", grid, _address(sums), *_ints(GROUPS, batch * count), _address(inverse))
+        self._launch(f"products_{self._suffix}", grid, _address(z), *numbers, _address(sums))
+        grid = (_blocks(4 * self.side**2), batch, 1)
+        self._launch("inverse_lengths", grid, _address(sums), *_ints(GROUPS, self.side), _address(inverse))
+
+    def sums_size(self, batch: int) -> int:
+        """How many numbers `inverse_lengths` lays down in between."""
+        return GROUPS * PRODUCTS * batch * self.side**2
 
     def embeddings(self, z: int, inverse: int, result: int, batch: int) -> None:
         """z to unit embeddings [B, D, 2s, 2s] in its type."""

@@ -10,7 +10,7 @@ import numpy as np
 from lseg.cuda import Buffer, Device
 from lseg.engine import build_seconds, discard, engine_path, get_engine, provenance
 from lseg.errors import UserError
-from lseg.kernels import GROUPS, Kernels
+from lseg.kernels import Kernels
 from lseg.loaded_engine import Engine, EngineRefused
 from lseg.recipes import IMAGE, LABELS_A_PASS, MAX_BATCH, Recipe
 
@@ -100,7 +100,7 @@ class Stages:
         engine = self.engine(IMAGE[batch])
         shape = (batch, 3, self.size, self.size)
         engine.enqueue(engine.bind({"image": shape}, {"image": images.address, "z": z.address}))
-        sums = self.buffer("sums", GROUPS * batch * self.wide**2)
+        sums = self.buffer("sums", self.kernels.sums_size(batch))
         self.kernels.inverse_lengths(z.address, sums.address, self._inverse(batch).address, batch)
 
     def embeddings(self, batch: int, result: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lseg.cuda import Buffer, Device
 from lseg.gpu_windows import cover, plan
-from lseg.kernels import GROUPS, PTX, Kernels
+from lseg.kernels import PTX, Kernels
 from lseg.nvrtc import SOURCE, library_path
 from lseg.windows import resize_aligned, scaled_size
 from tests.gpu_stand_in import compile_kernels, kernel_names, stand_in
@@ -74,7 +74,8 @@ def test_lengths_and_embeddings(gpu, seed, kind, batch, side):
     z, _, exact, _ = draw(rng, kind, batch, 1, side, dimension)
     kernels = Kernels(gpu, None, kind, dimension, side)
     count = batch * 4 * side**2
-    source, sums, inverse = send(gpu, z), *(Buffer(gpu, (n,), np.float32, host=False) for n in (GROUPS * count, count))
+    sizes = kernels.sums_size(batch), count
+    source, sums, inverse = send(gpu, z), *(Buffer(gpu, (size,), np.float32, host=False) for size in sizes)
     kernels.inverse_lengths(source.address, sums.address, inverse.address, batch)
     wide = double(exact)
     lengths = wide.norm(dim=1)
