@@ -216,11 +216,22 @@ def random_weights(folder: Path) -> str:
         from lseg.text import CLIPTextEncoder
 
         torch.manual_seed(0)
-        image, text = LSegImageEncoder(), CLIPTextEncoder()
+        image, text = vary(LSegImageEncoder()), vary(CLIPTextEncoder())
         folder.mkdir(parents=True, exist_ok=True)
         tensors = to_official_names(image.state_dict(), text.state_dict())
         save_safetensors(path, tensors, image.config, text.config)
     return str(path)
+
+
+def vary(module):
+    """Gives a new module's biases and norms some spread: what only adds 0 or multiplies by 1 an exporter leaves out."""
+    import torch
+
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
+                tensor += 0.02 * torch.randn_like(tensor)
+    return module
 
 
 def model_config(args: argparse.Namespace, digest: str) -> dict:
