@@ -13,7 +13,7 @@ from lseg.tensorfile import sha256_once
 if TYPE_CHECKING:
     import onnx
 
-RECIPE = 4  # raise it when a graph below changes: engines of an older recipe are built again
+RECIPE = 5  # raise it when a graph below changes: engines of an older recipe are built again
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 USUAL_LABELS = 8
@@ -98,6 +98,7 @@ class Recipe:
 
         from lseg import scoring
         from lseg.padding import pad_tokens
+        from lseg.patches import patches_as_product
         from lseg.precision import to_bfloat16, to_float16
         from lseg.rewrite import rewrite_matmuls
 
@@ -112,6 +113,8 @@ class Recipe:
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)
         else:
             core = pad_tokens(rewrite_matmuls(core, self.matmul, apart=self.fused), self.token_multiple)
+        if self.fused:
+            core = patches_as_product(core)
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         if name == "labels":
             return scoring.label_graph(core)
