@@ -21,7 +21,7 @@ LARGEST_FILE = "100mb"
 WAITING = 64  # visitors' calls that wait at most; more are told to come back
 SESSIONS = 1000  # visitors whose last choices Gradio remembers
 SWEEP = 60  # seconds between looks for photos that nobody asks for, and for old files
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
+MMAP_THRESHOLD, ARENA_MAX = -3, -8  # of glibc's mallopt
 FILES_AGE = 3600  # seconds that uploads and label maps of the API are kept: longer than a call waits in the queue
 TOUCHES = 40  # threads for what does not wait in the queue: pixels, heat maps, downloads
 # The browser itself refuses whatever is not from here, in case a part of Gradio names another server.
@@ -62,12 +62,15 @@ def check_address(host: str, port: int) -> None:
 
 
 def give_memory_back() -> None:
-    """Tells glibc to return arrays of a megabyte and more to the system once they are freed, as it would at first.
+    """Tells glibc to return arrays of 128 KiB and more to the system once they are freed, as it would at first.
 
-    With each that is freed it takes larger ones, up to 32 MiB, for such as are better kept among its own heaps.
+    With each that is freed it takes larger ones, up to 32 MiB, for such as are better kept among its own heaps, and
+    each thread gets a heap of its own: photos that come and go by many threads leave holes in all of them.
     """
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, 128 << 10)
+        mallopt(ARENA_MAX, 2)
 
 
 class OldFiles:

@@ -27,7 +27,6 @@ from lseg.segmenter import Segmenter
 from lseg.sources import LABEL_MAP, MEANING, PICTURE
 
 SHOWN_SIDE = 1280  # pixels of the longer side of what goes to the browser
-RUNS_AT_ONCE = 2  # of the network; whoever only changes words does not wait for these
 TOP = 5  # labels that are named for a pixel
 LONGEST_TEXT = 200_000  # characters of all labels together, before they are looked at
 NOTES = 3  # of which more would fill the page
@@ -65,12 +64,14 @@ class Desk:
         self._open_segmenter, self.weights = open_segmenter, tuple(weights)
         self.limits = limits or Limits()
         self.kept = KeptPhotos(self.limits.kept_bytes)
-        self._lock, self._runs = threading.Lock(), threading.BoundedSemaphore(RUNS_AT_ONCE)
+        self._lock = threading.Lock()
         first = open_segmenter(self.weights[0], backend)
         library = first.runner.identity.library
         backend = next((name for name, title in BACKENDS.items() if library.startswith(title)), backend)
         self.backends = tuple(dict.fromkeys([backend, *available_backends()]))  # the one that is open comes first
         self._segmenters = {(self.weights[0], backend): first}
+        # Runs of a network at once: more take memory and no less time. Whoever only changes words waits for none.
+        self._turns: dict[Segmenter, threading.BoundedSemaphore] = {}
         self._opening: dict[tuple[str, str], threading.Lock] = {}
 
     @property
@@ -250,7 +251,7 @@ class Desk:
                 grid, size = self._grid(photo, lseg, how, timings), lseg.runner.image_size
                 labels, cosines = timings.measure("similarity", lambda: label_grid(grid, text, size))
             else:
-                with self._runs:
+                with self._turn(lseg):
                     labels, cosines = label_photo(lseg.runner, photo.photo, text, how.inference, timings)
                 cosines = cosines.astype(np.float16)
             labels = labels.astype(np.uint16)
@@ -265,11 +266,14 @@ class Desk:
         found["notes"] = notes
         return found
 
+    def _turn(self, lseg: Segmenter) -> threading.BoundedSemaphore:
+        return self._turns.setdefault(lseg, threading.BoundedSemaphore(lseg.runner.callers))
+
     def _label_once(
         self, photo: KeptPhoto, lseg: Segmenter, text: np.ndarray, timings: Timings
     ) -> tuple[np.ndarray, np.ndarray]:
         pixels = timings.measure("preprocess", lambda: to_pixels(photo.photo, lseg.runner.image_size)[None])
-        with self._runs:
+        with self._turn(lseg):
             found = lseg.runner.segment(pixels, text, best=True)
         timings.add(found.timings)
         return found.labels[0], found.best[0]
@@ -279,7 +283,7 @@ class Desk:
         if grid is None or photo.made_by != how[1:]:
             size = lseg.runner.image_size
             pixels = timings.measure("preprocess", lambda: to_pixels(photo.photo, size)[None])
-            with self._runs:
+            with self._turn(lseg):
                 # A copy: ONNX Runtime's own array lies in its arena, which never gets smaller, and would break it up.
                 grid = timings.measure("encode_image", lambda: lseg.runner.encode_image(pixels)[0].copy())
             photo.grid, photo.made_by = grid, how[1:]

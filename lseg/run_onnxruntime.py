@@ -206,7 +206,8 @@ class OnnxRuntimeRunner:
         return binding.get_outputs()[0]
 
     def _score(self, embeddings: ort.OrtValue, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        labels, best = self._scoring(embeddings, text, ("labels", "best"))
+        # Copies: the arrays lie in ONNX Runtime's arena, which whoever keeps a label map would break up for good.
+        labels, best = (array.copy() for array in self._scoring(embeddings, text, ("labels", "best")))
         return labels, best
 
     def _scoring(self, embeddings: ort.OrtValue, text: np.ndarray, outputs: tuple[str, ...]) -> list[np.ndarray]:
