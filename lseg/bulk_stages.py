@@ -33,6 +33,8 @@ from lseg.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from lseg.runner import Runner
 
+ON_A_GPU = 4  # threads of an actor: on an H100 332 images a second, with two 309
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -140,7 +142,7 @@ def decode(part: Part, wanted: Wanted) -> Part:
 class Network:
     """An actor: holds the engines and gives every image its labels, or its features. Threads may share it.
 
-    Its own threads work on as many batches as the backend takes callers: one counts labels while another has the GPU.
+    Its own threads work on several batches: some count labels while another has the GPU.
 
     Args:
         engines: how to open them.
@@ -151,8 +153,9 @@ class Network:
     def __init__(self, engines: Engines, wanted: Wanted, text: np.ndarray | None):
         self.wanted, self.text, self.runner = wanted, text, engines.open()
         identity = self.runner.identity
-        self.batch = engines.batch or (1 if identity.device == "CPU" else 8)
-        self._callers = ThreadPoolExecutor(self.runner.callers, thread_name_prefix="network")
+        on_cpu = identity.device == "CPU"
+        self.batch = engines.batch or (1 if on_cpu else 8)
+        self._callers = ThreadPoolExecutor(self.runner.callers if on_cpu else ON_A_GPU, thread_name_prefix="network")
 
     def __call__(self, part: Part) -> Part:
         """Adds "tallies", pickled, and "maps", where they are wanted; or "features", pickled; and "made_by".

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 KEPT = ("LayerNormalization",)  # stays float32: it squares the residual stream
@@ -37,6 +37,43 @@ def to_float16(core: onnx.ModelProto, kept: tuple[str, ...] = KEPT) -> onnx.Mode
     result = OnnxModel(half)
     result.topological_sort()  # the converter appends its casts
     return result.model
+
+
+def accumulate_in_float32(model: onnx.ModelProto, every: bool = False) -> onnx.ModelProto:
+    """Has a float16 graph's linear layers add up in float32, as PyTorch's do; their operands stay float16.
+
+    TensorRT may add up a product of float16 matrices in float16, where that is faster. One whose operands are cast to
+    float32 becomes the same single kernel from TensorRT 10 on, with float32 accumulators. Attention's own products are
+    left as they are: its fused kernel accumulates in float32, and is found by its pattern. In bfloat16 none is needed.
+
+    Args:
+        model: in float16.
+        every: take products of two inputs too, not those with a weight alone.
+
+    Source: TensorRT's documentation, "Control of Computational Precision".
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph, nodes = result.graph, []
+    halves = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+
+    def cast(source: str, target: str, kind: int) -> None:
+        nodes.append(helper.make_node("Cast", [source], [target], name=target, to=kind))
+
+    for node in [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]:
+        if node.op_type != "MatMul" or not (every or halves & set(node.input)):
+            nodes.append(node)
+            continue
+        name = node.output[0]
+        for index, operand in enumerate(node.input):
+            cast(operand, f"{name}/operand{index}", TensorProto.FLOAT)
+            node.input[index] = f"{name}/operand{index}"
+        node.output[0] = f"{name}/float32"
+        nodes.append(node)
+        cast(node.output[0], name, TensorProto.FLOAT16)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    return result
 
 
 def to_bfloat16(core: onnx.ModelProto) -> onnx.ModelProto:

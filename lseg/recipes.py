@@ -99,13 +99,14 @@ class Recipe:
         from lseg import scoring
         from lseg.padding import pad_tokens
         from lseg.patches import patches_as_product
-        from lseg.precision import to_bfloat16, to_float16
+        from lseg.precision import accumulate_in_float32, to_bfloat16, to_float16
         from lseg.rewrite import rewrite_matmuls
 
         if name == "dots":
             types = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
             kind = types.get(self.precision, onnx.TensorProto.FLOAT)
-            return scoring.dot_graph(kind, self.config["embedding"], self.side)
+            dots = scoring.dot_graph(kind, self.config["embedding"], self.side)
+            return accumulate_in_float32(dots, every=True) if self.precision == "fp16" else dots
         if name == "text":
             return rewrite_matmuls(scoring.load_encoder(self.folder / TEXT_ONNX), self.spec("text").matmul)
         core = scoring.cut_head(scoring.load_encoder(self.folder / IMAGE_ONNX))
@@ -118,6 +119,8 @@ class Recipe:
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         if name == "labels":
             return scoring.label_graph(core)
+        if self.precision == "fp16":
+            core = accumulate_in_float32(core)
         return scoring.fix_batch(core, self._batch(name))
 
     @staticmethod

@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,27 @@ def test_attention_is_fused(trt, demo, tmp_path, precision, matmul):
     for name in ("image", "images8") if (precision, matmul) == ("fp16", "4d") else ("image",):
         serialized = get_engine(made.spec(name), lambda name=name: made.prepare(name), tmp_path, DEVICE, lambda _: None)
         assert fused_attentions(serialized) == expected, name
+
+
+def accumulators(serialized: bytes) -> Counter[int]:
+    """How many linear layers of a TensorRT-RTX engine have which type of accumulator: 0 its own choice, 2 float32."""
+    return Counter(int(found) for found in re.findall(rb"accumulation_type=(\d+)", serialized))
+
+
+@pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
+def test_linear_layers_accumulate_in_float32(trt, demo, tmp_path, monkeypatch, matmul):
+    """With float16 weights all the same: the engine is no larger than with products as they were."""
+    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
+    made = recipes.Recipe(demo.folder, config, "fp16", matmul)
+    found = {}
+    for name, least in (("image", 4 * config["depth"]), ("dots", 1)):  # a block has four, q, k and v together
+        serialized = get_engine(made.spec(name), lambda name=name: made.prepare(name), tmp_path, DEVICE, lambda _: None)
+        assert accumulators(serialized)[2] >= least and (matmul == "2d" or not accumulators(serialized)[0]), name
+        found[name] = len(serialized)
+    monkeypatch.setattr("lseg.precision.accumulate_in_float32", lambda model, every=False: model)
+    plain = get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path / "plain", DEVICE, lambda _: None)
+    assert not accumulators(plain)[2] and accumulators(plain)[0] >= 4 * config["depth"]
+    assert abs(len(plain) / found["image"] - 1) < 0.02
 
 
 @pytest.mark.parametrize(

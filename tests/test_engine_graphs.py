@@ -14,11 +14,13 @@ from lseg.errors import UserError
 from lseg.loaded_engine import to_float32
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 from lseg.padding import pad_tokens
+from lseg.patches import patches_as_product
 from lseg.precision import to_bfloat16
 from lseg.recipes import IMAGE
 from lseg.similarity import Similarity
 from tests.checkpoints import export_tiny
 from tests.checkpoints import tiny_recipe as recipe
+from tests.gpu.typed_tensorrt8 import plain_products
 
 FORMS = [(precision, matmul) for precision in ("fp32", "fp16") for matmul in ("4d", "3d", "2d")]
 
@@ -187,3 +189,58 @@ def test_bfloat16_weights_are_rounded_from_float32(exported, seed):
         if node.op_type in ("LayerNormalization", "ConvTranspose"):
             assert all(kinds[name] == TensorProto.FLOAT for name in node.input if name in kinds)
     assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.BFLOAT16
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_patches_as_a_product(exported, seed, batch):
+    """The same numbers as the convolution gives; the one that read the image is gone."""
+    folder, weights = exported
+    size = weights.image_config.image_size
+    core = scoring.cut_head(scoring.load_encoder(folder / IMAGE_ONNX))
+    changed = patches_as_product(core)
+    kinds = [[node.op_type for node in model.graph.node] for model in (core, changed)]
+    assert kinds[1].count("Conv") == kinds[0].count("Conv") - 1
+    assert kinds[1].count("MatMul") == kinds[0].count("MatMul") + 1
+    images = np.random.default_rng(seed).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
+    (expected,), (found,) = (run(model, {"image": images}) for model in (core, changed))
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("change", ["stride", "no bias", "two readers", "another transpose"])
+def test_other_first_layers_stay(exported, change):
+    core = scoring.cut_head(scoring.load_encoder(exported[0] / IMAGE_ONNX))
+    convolution = next(node for node in core.graph.node if "image" in node.input)
+    if change == "stride":
+        next(attribute for attribute in convolution.attribute if attribute.name == "strides").ints[:] = [2, 2]
+    elif change == "no bias":
+        del convolution.input[2]
+    elif change == "two readers":
+        core.graph.node.append(onnx.helper.make_node("Identity", ["image"], ["other"]))
+    else:
+        reshape = next(node for node in core.graph.node if convolution.output[0] in node.input)
+        transpose = next(node for node in core.graph.node if reshape.output[0] in node.input)
+        transpose.attribute[0].ints[:] = [1, 0, 2]
+    assert patches_as_product(core) == core
+
+
+@pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
+def test_accumulating_in_float32(exported, matmul):
+    """Around linear layers alone; taken out again, as for TensorRT 8.6, the graph is what it was."""
+    made = recipe(exported[0], "fp16", matmul)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lseg.precision.accumulate_in_float32", lambda model, every=False: model)
+        plain = {name: made.prepare(name) for name in ("image", "dots")}
+    weights = {tensor.name for tensor in plain["image"].graph.initializer}
+    layers = {"dots": 1}
+    layers["image"] = sum(n.op_type == "MatMul" and bool(weights & {*n.input}) for n in plain["image"].graph.node)
+    for name, count in layers.items():
+        model = made.prepare(name)
+        nodes = model.graph.node
+        assert sum(node.op_type == "MatMul" and node.output[0].endswith("/float32") for node in nodes) == count > 0
+        casts = [sum(node.op_type == "Cast" for node in graph.graph.node) for graph in (model, plain[name])]
+        assert casts[0] == casts[1] + 3 * count
+        plain_products(model)
+        assert list(model.graph.node) == list(plain[name].graph.node)
+    assert made.prepare("labels").graph.node and not any(
+        node.output[0].endswith("/float32") for node in made.prepare("labels").graph.node
+    )

@@ -6,8 +6,9 @@ TensorRT 10's strongly typed networks take every tensor's type from the ONNX fil
 graph in float32. Here each layer of an 8.6 network is given the types that ONNX's own inference finds in the file, and
 the builder is told to prefer them. Figures taken so carry the version "8.6.0+typed". But 8.6 fuses attention only where
 no layer has a type of its own: with LSEG_TYPES=free in the environment the builder chooses each layer's, float16 or
-float32 ("8.6.0+free"). Nothing else of 8.6 is hidden; explicit batches and the progress monitor must be bridged
-elsewhere.
+float32 ("8.6.0+free"). Products whose operands are cast to float32, which TensorRT 10 makes float16 kernels of that add
+up in float32, would run in float32 here: the casts are taken out, and 8.6 adds up as it likes. Nothing else of 8.6 is
+hidden; explicit batches and the progress monitor must be bridged elsewhere.
 """
 
 from __future__ import annotations
@@ -36,6 +37,21 @@ def onnx_types(path: str) -> dict[str, str]:
     for value in (*graph.input, *graph.output, *graph.value_info):
         types[value.name] = kinds.get(value.type.tensor_type.elem_type)
     return types
+
+
+def plain_products(model) -> None:
+    """Takes out of a graph what `lseg.precision.accumulate_in_float32` put around its products."""
+    nodes = model.graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    casts = {node.input[0]: node for node in nodes if node.op_type == "Cast"}
+    around = []
+    for node in nodes:
+        if node.op_type == "MatMul" and node.output[0].endswith("/float32"):
+            back, operands = casts[node.output[0]], [makers[name] for name in node.input]
+            around += [*operands, back]
+            node.input[:], node.output[0] = [cast.input[0] for cast in operands], back.output[0]
+    for cast in around:
+        nodes.remove(cast)
 
 
 def type_layers(trt, network, types: dict[str, str | None]) -> Counter:
@@ -79,6 +95,11 @@ def bridge(trt, typed: bool) -> None:
         return create(self, int(flags) & ~(1 << STRONGLY_TYPED))
 
     def parse_from_file(self, path: str) -> bool:
+        import onnx
+
+        model = onnx.load(path)
+        plain_products(model)
+        onnx.save(model, path)  # a temporary file of the build's
         types.clear()
         types.update(onnx_types(path))
         return parse(self, path)
