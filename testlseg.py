@@ -61,7 +61,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=short, metavar="FILE", help="the JSON (default: log/test_DATE.json)")
     parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--report", nargs="+", type=short, metavar="FILE", help="print earlier runs' tables, merged")
-    parser.add_argument("--update-readme", action="store_true", help="with --report: write them into the README too")
+    parser.add_argument(
+        "--update-readme",
+        nargs="?",
+        const=short(ROOT / "README.md"),
+        type=short,
+        metavar="FILE",
+        help="with --report: write them between FILE's markers too (default: README.md)",
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.cases, args.runs, args.warmup, args.no_plot = "1:8", 5, 1, True
@@ -105,7 +112,9 @@ def show_reports(args: argparse.Namespace) -> int:
 
     print("\n\n".join(reports.markdown(report) for report in reports.load_reports(args.report)))
     if args.update_readme:
-        readme = ROOT / "README.md"
+        readme = args.update_readme
+        if not readme.is_file():
+            raise UserError(f"{readme} is no file: give --update-readme README.md or MEASUREMENTS.md")
         outside = [file for file in args.report if not file.resolve().is_relative_to(ROOT)]
         if outside:
             raise UserError(f"{outside[0]} lies outside the repository: copy it to log/ before the README names it")

@@ -18,6 +18,7 @@ import pytest
 from readme_examples import MADE, OWN, PLACES, ROOT, Example, examples, place
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "MEASUREMENTS.md").read_text(encoding="utf-8")
 EXAMPLES = list(examples(README))
 COMMANDS = [command for example in EXAMPLES if example.language == "bash" for command in example.commands]
 FILE = re.compile(r"[\w*-][\w./*-]*(\.(jpg|png|py|sh|txt|tar|json|mp4|npy|ckpt)|/)")
@@ -137,7 +138,7 @@ def test_files_are_there():
 
 def test_commands_within_the_text():
     """Commands in the running text: their scripts are there, and those of this folder take their options."""
-    found = [text.replace("\n", " ").split() for text in re.findall(r"`(python [^`]+?\.py[^`]*)`", README)]
+    found = [text.replace("\n", " ").split() for text in re.findall(r"`(python [^`]+?\.py[^`]*)`", README + MEASURED)]
     assert len(found) > 5
     for words in found:
         assert (ROOT / words[1]).is_file(), words

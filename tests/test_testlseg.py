@@ -159,6 +159,7 @@ class TestRun:
             (["--reference", "nowhere.npz"], "nowhere.npz cannot be read (No such file or directory): make it"),
             (["--update-readme"], "--update-readme needs the reports: give them with --report"),
             (["--report", "/etc/hostname", "--update-readme"], "/etc/hostname is no report of this version"),
+            (["--report", ROOT / "log/report_cpu_demo.json", "--update-readme", "none.md"], "none.md is no file: give"),
             (["--save-reference", "."], ". is a folder: name a file in it"),
             (["--output", "."], ". is a folder: name a file in it"),
             (["--photos", "nowhere.jpg"], "nowhere.jpg does not exist; check the name"),
@@ -324,9 +325,10 @@ class TestReport:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
         return paths
 
-    def test_the_readme_agrees_with_the_reports(self):
+    @pytest.mark.parametrize("name", ["README.md", "MEASUREMENTS.md"])
+    def test_the_readme_agrees_with_the_reports(self, name):
         """The section between the markers is what the reports named there give, to the letter."""
-        before, after = report.update_readme(ROOT / "README.md")
+        before, after = report.update_readme(ROOT / name)
         assert before == after
 
     def test_merges_the_same_machine_and_weights(self, tmp_path):
