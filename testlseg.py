@@ -110,11 +110,11 @@ def show_reports(args: argparse.Namespace) -> int:
     from lseg import report as reports
     from lseg.files import write_files
 
+    readme = args.update_readme
+    if readme and not readme.is_file():
+        raise UserError(f"{readme} is no file: give --update-readme README.md or MEASUREMENTS.md")
     print("\n\n".join(reports.markdown(report) for report in reports.load_reports(args.report)))
-    if args.update_readme:
-        readme = args.update_readme
-        if not readme.is_file():
-            raise UserError(f"{readme} is no file: give --update-readme README.md or MEASUREMENTS.md")
+    if readme:
         outside = [file for file in args.report if not file.resolve().is_relative_to(ROOT)]
         if outside:
             raise UserError(f"{outside[0]} lies outside the repository: copy it to log/ before the README names it")
