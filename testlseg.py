@@ -111,8 +111,8 @@ def show_reports(args: argparse.Namespace) -> int:
     from lseg.files import write_files
 
     readme = args.update_readme
-    if readme and not readme.is_file():
-        raise UserError(f"{readme} is no file: give --update-readme README.md or MEASUREMENTS.md")
+    if readme and (not readme.is_file() or readme.resolve().parent != ROOT):
+        raise UserError(f"{readme} is no file of the repository's root: give README.md or MEASUREMENTS.md")
     print("\n\n".join(reports.markdown(report) for report in reports.load_reports(args.report)))
     if readme:
         outside = [file for file in args.report if not file.resolve().is_relative_to(ROOT)]
@@ -214,7 +214,7 @@ def parse_cases(text: str) -> list[tuple[int, int]]:
 
 def random_weights(folder: Path) -> str:
     """A checkpoint of the official sizes with random weights (seed 0), written once."""
-    path = folder / "lseg_random.safetensors"
+    path = folder / "random_vit_l16.safetensors"
     if not path.is_file():
         if not importlib.util.find_spec("torch"):
             raise UserError("random weights are made with torch, which is not installed: run './requirements.sh'")

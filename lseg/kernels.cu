@@ -131,7 +131,7 @@ extern "C" __global__ void inverse_lengths(const float *sums, int groups, int s,
         sum += 2 * (a * c * beside[0] + e * f * beside[below] + a * e * under[0] + c * f * under[right]);
         sum += 2 * (a * f * own[3 * step] + c * e * own[4 * step]);
     }
-    inverse[(long long)b * wide * wide + pixel] = sum > 0 ? 1 / sqrtf(sum) : 0;  // opposite neighbours can cancel out
+    inverse[(long long)b * wide * wide + pixel] = sum <= 0 ? 0 : 1 / sqrtf(sum);  // opposite neighbours can cancel out
 }
 
 // Unit embeddings [B, D, 2s, 2s] in z's type, a group of channels a thread.

@@ -70,8 +70,8 @@ class Desk:
         backend = next((name for name, title in BACKENDS.items() if library.startswith(title)), backend)
         self.backends = tuple(dict.fromkeys([backend, *available_backends()]))  # the one that is open comes first
         self._segmenters = {(self.weights[0], backend): first}
-        # Runs of a network at once: more take memory and no less time. Whoever only changes words waits for none.
-        self._turns: dict[Segmenter, threading.BoundedSemaphore] = {}
+        # Of runs at once, on the CPU of all networks: more take memory and no less time. New words wait for none.
+        self._turns: dict[object, threading.BoundedSemaphore] = {}
         self._opening: dict[tuple[str, str], threading.Lock] = {}
 
     @property
@@ -267,7 +267,8 @@ class Desk:
         return found
 
     def _turn(self, lseg: Segmenter) -> threading.BoundedSemaphore:
-        return self._turns.setdefault(lseg, threading.BoundedSemaphore(lseg.runner.callers))
+        where = "CPU" if lseg.runner.identity.device == "CPU" else lseg
+        return self._turns.setdefault(where, threading.BoundedSemaphore(lseg.runner.callers))
 
     def _label_once(
         self, photo: KeptPhoto, lseg: Segmenter, text: np.ndarray, timings: Timings

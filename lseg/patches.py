@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from lseg.scoring import drop_unused
+
 
 def patches_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
     """Returns the graph of an exported image encoder without its patch convolution; another graph as it is."""
@@ -45,11 +47,9 @@ def patches_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
     at = list(graph.node).index(convolution)
     old = [list(graph.node).index(one) for one in (convolution, flatten, transpose)]
     nodes = [*nodes[:at], *steps, *(one for index, one in enumerate(nodes) if index > at and index not in old)]
-    kept = [tensor for tensor in graph.initializer if tensor.name not in convolution.input[1:3]]
-    kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    drop_unused(graph, [value.name for value in graph.output])
     return result
 
 

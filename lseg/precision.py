@@ -58,7 +58,7 @@ def accumulate_in_float32(model: onnx.ModelProto, every: bool = False) -> onnx.M
     halves = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
 
     def cast(source: str, target: str, kind: int) -> None:
-        nodes.append(helper.make_node("Cast", [source], [target], name=target, to=kind))
+        nodes.append(helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=kind))
 
     for node in [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]:
         if node.op_type != "MatMul" or not (every or halves & set(node.input)):

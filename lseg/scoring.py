@@ -73,7 +73,7 @@ def cut_head(encoder: onnx.ModelProto) -> onnx.ModelProto:
         raise UserError("the ONNX file does not end as lseg_export.py's image encoder does: export it again")
     batch, dimension, side, _ = _dims(graph.output[0])
     z = inputs[0].input[0]
-    _drop_unused(graph, [z])
+    drop_unused(graph, [z])
     del graph.output[:], graph.value_info[:]
     graph.output.append(helper.make_tensor_value_info(z, TensorProto.FLOAT, [batch, dimension, side // 2, side // 2]))
     return model
@@ -177,7 +177,7 @@ def _with_pixels(core: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ValueInfo
     return model, z
 
 
-def _drop_unused(graph: onnx.GraphProto, outputs: list[str]) -> None:
+def drop_unused(graph: onnx.GraphProto, outputs: list[str]) -> None:
     """Removes nodes and initializers that none of `outputs` needs."""
     needed, kept = set(outputs), []
     for node in reversed(graph.node):

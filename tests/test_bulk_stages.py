@@ -15,7 +15,7 @@ import pytest
 
 from lseg.bulk_inputs import Columns, Row
 from lseg.bulk_output import Output
-from lseg.bulk_stages import Network, Wanted, write
+from lseg.bulk_stages import TAKING_TURNS, Network, Wanted, write
 from lseg.image import labels_to_photo
 from lseg.results import describe
 from lseg.runner import Identity, Segmentation, Timings
@@ -86,8 +86,10 @@ def test_as_described_at_the_photos_size(options, tmp_path, seed):
         assert (tmp_path / f"{row['name']}_labels.png").exists() == ("pngs" in options)
 
 
-def test_parts_at_once(tmp_path, seed):
-    """Several parts go through one actor at a time, each whole; the backend gets as many callers as it takes."""
+@pytest.mark.parametrize("callers, most", [(1, 1), (2, TAKING_TURNS)])
+def test_parts_at_once(tmp_path, seed, monkeypatch, callers, most):
+    """Several parts go through one actor at a time, each whole; a backend that takes one caller gets no more."""
+    monkeypatch.setattr(Runner, "callers", callers)
     rng = np.random.default_rng(seed)
     vocabulary = with_synonyms([("car",), ("road",), ("sky",)])
     network = Network(
@@ -99,7 +101,7 @@ def test_parts_at_once(tmp_path, seed):
     for made, (part, pixels, sizes) in zip(results, parts, strict=True):
         assert made["part"] == part["part"] and np.array_equal(made["maps"], labels_of(pixels, 3)[0])
         assert [each.size for each in pickle.loads(made["tallies"])] == [size[::-1] for size in sizes]
-    assert network.runner.most == 2
+    assert network.runner.most == most
 
 
 def test_tables_hold_what_they_are_given(seed):

@@ -118,6 +118,17 @@ def test_attention_is_fused(trt, demo, tmp_path, precision, matmul):
         assert fused_attentions(serialized) == expected, name
 
 
+def test_norms_and_gelu_are_one_kernel_each(trt, demo, tmp_path):
+    """What TensorRT 8.6 makes several of, with float32 passed between them: the graph has both as they are exported."""
+    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
+    made = recipes.Recipe(demo.folder, config, "fp16", "4d")
+    serialized = get_engine(made.spec("images8"), lambda: made.prepare("images8"), tmp_path, DEVICE, lambda _: None)
+    kernels = re.findall(rb"__myl_([A-Za-z]+)(?![A-Za-z_0-9])", serialized)  # named after what they do, in order
+    assert sum(b"MeanSubMulMeanAddSqrt" in name for name in kernels) == 2 * config["depth"]
+    assert sum(name.startswith(b"Fc") and b"Erf" in name for name in kernels) >= config["depth"]
+    assert not any(name.endswith((b"Mean", b"Erf")) for name in kernels)
+
+
 def accumulators(serialized: bytes) -> Counter[int]:
     """How many linear layers of a TensorRT-RTX engine have which type of accumulator: 0 its own choice, 2 float32."""
     return Counter(int(found) for found in re.findall(rb"accumulation_type=(\d+)", serialized))

@@ -89,6 +89,24 @@ def test_lengths_and_embeddings(gpu, seed, kind, batch, side):
     assert np.abs(found.reshape(expected.shape) - expected).max() <= BOUNDS[kind]
 
 
+def test_lengths_of_what_cancels_out_and_of_what_is_no_number(gpu, seed):
+    """Between opposite neighbours and of zeros there is no direction: 0, no infinity; what is NaN stays NaN."""
+    rng, side, dimension = np.random.default_rng(seed), 2, 16
+    one = rng.standard_normal(dimension).astype(np.float32)
+    z = np.zeros((4, dimension, side, side), np.float32)
+    z[0, :, 0], z[0, :, 1] = one[:, None], -one[:, None]  # rows cancel out in the middle
+    z[1, :, :, 0] = one[:, None]
+    z[2, 3, 1, 1] = np.nan
+    kernels, count = Kernels(gpu, None, np.float32, dimension, side), 4 * 4 * side**2
+    sums, inverse = (Buffer(gpu, (n,), np.float32, host=False) for n in (kernels.sums_size(4), count))
+    kernels.inverse_lengths(send(gpu, z).address, sums.address, inverse.address, 4)
+    found, length = inverse.read(STREAM, count).reshape(4, 4, 4), np.linalg.norm(one)
+    np.testing.assert_allclose(found[0] * length, np.repeat([[1], [3], [3], [1]], 4, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found[1, :, :3] * length, np.repeat([[1, 1.5, 3]], 4, axis=0), rtol=1e-5)
+    assert (found[1, :, 3] == 0).all() and (found[3] == 0).all()
+    assert np.isnan(found[2, 3, 3])
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float16, BFLOAT])
 @pytest.mark.parametrize("batch, texts, side", [(1, 1, 4), (2, 7, 5), (1, 30, 16)])
 def test_labels(gpu, seed, kind, batch, texts, side):

@@ -1,8 +1,8 @@
 """Checks and times the TensorRT backend on a GPU, and writes what it finds as JSON.
 
     python tests/gpu/check_tensorrt.py --output log/gpu.json --reference REF.npz --dataset camvid/test
-    python tests/gpu/check_tensorrt.py --output log/gpu_full.json --onnx FULL --weights FULL/lseg_random.safetensors \
-        --speed
+    python tests/gpu/check_tensorrt.py --output log/gpu_full.json --onnx FULL --speed \
+        --weights FULL/random_vit_l16.safetensors
 
 REF.npz comes from `make_reference.py`: PyTorch float32 label maps and texts, so that this runs without torch.
 """

@@ -37,8 +37,8 @@ METRICS = ("gpu__time_duration.sum", "launch__grid_size")
 # What a kernel's name tells of it; the first that fits counts. cut_windows and the like are this project's own.
 KINDS = {
     "pixels to the network's input": "cut_windows",
-    "lengths of embeddings": "inverse_length",
-    "labels": "label|upsample_labels",
+    "lengths of embeddings": "inverse_length|^products_",
+    "labels": "^label",
     "attention": "fmha|mha|flash|attention",
     "convolutions": "fprop|dgrad|conv|implicit|winograd",
     "matrix products": "gemm|cutlass|xmma|matmul",
@@ -128,7 +128,7 @@ def kernels(ncu: str, case: str) -> list[dict[str, str]]:
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     header = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if header is None:
+    if header is None or done.returncode:
         raise UserError(f"ncu gave no table: {done.stdout[-600:]} {done.stderr[-600:]}")
     rows = list(csv.DictReader(io.StringIO("\n".join(lines[header:]))))
     return [row for row in rows if row["ID"]]  # the row after the header holds units
@@ -140,15 +140,15 @@ def summary(rows: list[dict[str, str]]) -> dict[str, object]:
     names: dict[str, list[float]] = {}
     order = []
     for row in rows:
-        name, taken = row["Kernel Name"], float(row[METRICS[0]].replace(",", "")) / 1e3
+        name, taken = row["Kernel Name"][:160], float(row[METRICS[0]].replace(",", "")) / 1e3
         kind = next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), "other")
         kinds.setdefault(kind, []).append(taken)
         names.setdefault(name, []).append(taken)
-        order.append([name[:160], round(taken, 2), int(float(row[METRICS[1]].replace(",", "")))])
+        order.append([name, round(taken, 2), int(float(row[METRICS[1]].replace(",", "")))])
 
     def table(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         ordered = sorted(found.items(), key=lambda pair: -sum(pair[1]))
-        return {name[:160]: {"kernels": len(each), "microseconds": round(sum(each), 1)} for name, each in ordered}
+        return {name: {"kernels": len(each), "microseconds": round(sum(each), 1)} for name, each in ordered}
 
     total = sum(sum(each) for each in kinds.values()) / 1e3
     return {"kernels_ms": round(total, 3), "kinds": table(kinds), "names": table(names), "kernels": order}
