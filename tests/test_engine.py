@@ -98,6 +98,8 @@ def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
     serialized = get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path, DEVICE)
     assert len(serialized) > 5e8
     assert fused_attentions(serialized) == (24 if (precision, matmul) == ("fp16", "4d") else 0)
+    if (precision, matmul) == ("fp16", "4d"):
+        assert accumulators(serialized)[2] >= 4 * 24 and not accumulators(serialized)[0]
 
 
 def fused_attentions(serialized: bytes) -> int:
