@@ -44,7 +44,8 @@ def accumulate_in_float32(model: onnx.ModelProto, every: bool = False) -> onnx.M
 
     TensorRT may add up a product of float16 matrices in float16, where that is faster. One whose operands are cast to
     float32 becomes the same single kernel from TensorRT 10 on, with float32 accumulators. Attention's own products are
-    left as they are: its fused kernel accumulates in float32, and is found by its pattern. In bfloat16 none is needed.
+    left as they are: its fused kernel accumulates in float32, and is found by its pattern. Of convolutions it is not
+    documented, and in bfloat16 it is not needed.
 
     Args:
         model: in float16.
