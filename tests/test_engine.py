@@ -100,7 +100,7 @@ def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
     assert fused_attentions(serialized) == (24 if (precision, matmul) == ("fp16", "4d") else 0)
     if (precision, matmul) == ("fp16", "4d"):
         found = accumulators(serialized)
-        assert found[2] >= 4 * 24 and found[0] <= 9  # the head's 1 x 1 convolutions, of which the builder makes products
+        assert found[2] >= 4 * 24 and found[0] <= 9  # of the head's 1 x 1 convolutions
 
 
 def fused_attentions(serialized: bytes) -> int:
