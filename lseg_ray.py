@@ -102,7 +102,7 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
         with open_text_side(args.backend, model) as side:
             text, size = embed(side, vocabulary, templates, tokenize, model), side.image_size
         wanted = Wanted(output, columns, vocabulary, args.unknown, args.rle, args.save_labels, args.features or 0, size)
-        with cluster(args.address, args.quiet):
+        with cluster(args.address):
             where = places(args.actors, args.backend)
             output.write(job)
             parts = into_parts(left, args.part or (FEATURE_PART if args.features else PART))
@@ -191,4 +191,4 @@ def tell(output: Output, left: list[Row], bad: int, seconds: float, say) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    run(lambda: main(parse_args()))
+    run(lambda: main(parse_args()), interrupted="go on with --resume")

@@ -88,6 +88,8 @@ plain() {
     # PyTorch's own index has builds without CUDA, a tenth of the size. Where it does not answer, PyPI's serve as well.
     if command -v curl > /dev/null && curl -sfIo /dev/null --max-time 5 https://download.pytorch.org/whl/cpu/torch/; then
       index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    else
+      echo "note: download.pytorch.org does not answer: PyTorch comes with CUDA, some gigabytes more" >&2
     fi
   fi
   "$python" -m pip install -q "${index[@]}" "${torch[@]}" "${files[@]}" "${more[@]}"

@@ -101,6 +101,9 @@ def main(args: argparse.Namespace) -> int:
         except UserError as error:
             print(f"note: no plot ({error})")
     failed = [row["variant"] for row in rows if row["error"] or row["broken"]]
+    agree = sum(not row["accuracy"].get("is_reference") for row in rows if row["accuracy"])
+    if agree and not failed:
+        print(f"{'1 backend agrees' if agree == 1 else f'{agree} backends agree'} with {report['reference']}")
     if failed:
         print(f"error: {', '.join(failed)} failed or broke a bound: see above", file=sys.stderr)
     return 1 if failed else 0

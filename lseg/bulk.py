@@ -54,7 +54,7 @@ class Stages:
 
 
 @contextmanager
-def cluster(address: str | None, quiet: bool) -> Iterator[None]:
+def cluster(address: str | None) -> Iterator[None]:
     """A running Ray: the one at `address`, the one this process has already, or a new one on this machine.
 
     Raises:
@@ -98,7 +98,8 @@ def cluster(address: str | None, quiet: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with silent_stderr:  # of an interrupted run it tells of every worker that it ends
+            ray.shutdown()
 
 
 def interpreter() -> dict[str, str]:

@@ -54,8 +54,10 @@ def say(line: object) -> None:
         sys.stdout = open(os.devnull, "w")  # what is still in the old buffer must not fail at exit
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], interrupted: str = "") -> None:
     """Runs a script's main function and exits with its status: 2 after a UserError, 130 after Ctrl-C, 0 for None.
+
+    `interrupted` says what to do after Ctrl-C, if there is something.
 
     What the operating system refuses somewhere unforeseen (a disk that is full, a name that is too long) is a UserError
     too, as far as it can say.
@@ -91,7 +93,8 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: not enough memory ({reason}); ask for less at a time", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("\nerror: interrupted; what was finished before stays", file=sys.stderr)
+        remedy = f": {interrupted}" if interrupted else ""
+        print(f"\nerror: interrupted; what was finished before stays{remedy}", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
 

@@ -91,7 +91,8 @@ def markdown(report: dict) -> str:
     widths = [max(len(cells[i]) for cells in (HEADER, *rows)) for i in range(len(HEADER))]
     for cells in (HEADER, tuple("-" * width for width in widths), *rows):
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
-    lines += ["", *_notes(report, settings)]
+    starred = any(cell.endswith("*") for cells in rows for cell in cells)
+    lines += ["", *_notes(report, settings, starred)]
     return "\n".join(lines)
 
 
@@ -143,7 +144,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
-def _notes(report: dict, settings: dict) -> list[str]:
+def _notes(report: dict, settings: dict, starred: bool) -> list[str]:
     """What the columns mean, and what a reader must know of single rows."""
     notes = [
         f"Median milliseconds (p99) of {settings['runs']} runs after {settings['warmup']} of warm-up, backends "
@@ -151,9 +152,10 @@ def _notes(report: dict, settings: dict) -> list[str]:
         "where one engine does both (TensorRT, PyTorch compiled). encode_text: "
         f"{settings['table_text_count']} labels. total: from uint8 image to label map, both in host memory, the text "
         "embeddings kept. TFLOP/s: of encode_image, with the share of a large matrix product's rate in PyTorch. "
-        f"Labels and embeddings: against {report['reference']}, on {_photos(report)}."
+        f"Labels and embeddings: against {report['reference']}, on {_photos(report)}; embeddings off: the length of "
+        "the difference over the length, of all pixels' embeddings together."
     ]
-    if any(not is_stationary(s) for s in _summaries(report)):
+    if starred:
         notes.append("\\* not stationary: the last quarter of the runs differs by more than 10 % from the first.")
     for row in report["rows"]:
         if row["error"]:
@@ -183,12 +185,6 @@ def _dataset_line(data: dict) -> str:
         line += f" ({change['value']:+.3f} from the reference's, 95 % interval {low:+.3f} to {high:+.3f})"
     line += f", pixel accuracy {data['pixel_accuracy']:.2f}; "
     return line + ", ".join(f"{name} {_number(value, '.1f')}" for name, value in data["iou"].items()) + "."
-
-
-def _summaries(report: dict) -> list[dict]:
-    rows = report["rows"]
-    found = [summary for row in rows for case in row["speed"] for summary in case["stages"].values()]
-    return found + [summary for row in rows for summary in row["encode_text"].values()]
 
 
 def readme_section(files: Sequence[str], root: Path) -> str:

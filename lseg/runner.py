@@ -183,6 +183,9 @@ def segment_in_stages(
     return Segmentation(labels, best, timings)
 
 
+BACKENDS = ("tensorrt", "onnxruntime", "torch")
+
+
 def available_backends() -> list[str]:
     """Names of the backends that this machine can run, the preferred one first."""
     names = ["tensorrt"] if _has_tensorrt() else []
@@ -204,6 +207,8 @@ def choose_backend(backend: str) -> str:
         if not available:
             raise UserError("neither onnxruntime nor torch is installed: run './requirements.sh'")
         return available[0]
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend '{backend}': choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     # TensorRT's runner says itself what is missing: the library, PyCUDA, the driver or the GPU.
     if backend not in available and backend != "tensorrt":
         raise UserError(f"the backend '{backend}' is not installed: run './requirements.sh', or choose another")

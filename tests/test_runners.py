@@ -196,9 +196,7 @@ class TestChoice:
         with pytest.raises(UserError, match=r"^neither onnxruntime nor torch is installed: run './requirements.sh'$"):
             choose_backend("auto")
 
-    @pytest.mark.parametrize(
-        "backend, others", [("torch", "onnxruntime"), ("onnxruntime", "torch"), ("abacus", "torch")]
-    )
+    @pytest.mark.parametrize("backend, others", [("torch", "onnxruntime"), ("onnxruntime", "torch")])
     def test_not_installed(self, backend, others, monkeypatch, tiny):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == others else None)
         with pytest.raises(UserError) as error:
@@ -206,6 +204,12 @@ class TestChoice:
         assert str(error.value) == (
             f"the backend '{backend}' is not installed: run './requirements.sh', or choose another"
         )
+
+    def test_no_such_backend(self, tiny):
+        with pytest.raises(
+            UserError, match="^there is no backend 'abacus': choose auto, tensorrt, onnxruntime or torch$"
+        ):
+            open_runner("abacus", *tiny)
 
     def test_onnxruntime_imports_no_torch(self, demo, tmp_path):
         """With torch hidden as if it were not installed, a run from exported files goes through, from start to end."""
