@@ -239,7 +239,7 @@ def test_accumulating_in_float32(exported, matmul):
         assert sum(node.op_type == "MatMul" and node.output[0].endswith("/float32") for node in nodes) == count > 0
         casts = [sum(node.op_type == "Cast" for node in graph.graph.node) for graph in (model, plain[name])]
         assert casts[0] == casts[1] + 3 * count
-        plain_products(model)
+        assert plain_products(model) and not plain_products(plain[name])
         assert list(model.graph.node) == list(plain[name].graph.node)
     assert made.prepare("labels").graph.node and not any(
         node.output[0].endswith("/float32") for node in made.prepare("labels").graph.node

@@ -39,8 +39,8 @@ def onnx_types(path: str) -> dict[str, str]:
     return types
 
 
-def plain_products(model) -> None:
-    """Takes out of a graph what `lseg.precision.accumulate_in_float32` put around its products."""
+def plain_products(model) -> bool:
+    """Takes out of a graph what `lseg.precision.accumulate_in_float32` put around products; whether it had any."""
     nodes = model.graph.node
     makers = {name: node for node in nodes for name in node.output}
     casts = {node.input[0]: node for node in nodes if node.op_type == "Cast"}
@@ -52,6 +52,7 @@ def plain_products(model) -> None:
             node.input[:], node.output[0] = [cast.input[0] for cast in operands], back.output[0]
     for cast in around:
         nodes.remove(cast)
+    return bool(around)
 
 
 def type_layers(trt, network, types: dict[str, str | None]) -> Counter:
@@ -98,8 +99,8 @@ def bridge(trt, typed: bool) -> None:
         import onnx
 
         model = onnx.load(path)
-        plain_products(model)
-        onnx.save(model, path)  # a temporary file of the build's
+        if plain_products(model):
+            onnx.save(model, path)  # a temporary file of the build's
         types.clear()
         types.update(onnx_types(path))
         return parse(self, path)
