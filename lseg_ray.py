@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lseg.errors import Parser, UserError, run, short
+from lseg.errors import Parser, UserError, counted, run, short
 
 if TYPE_CHECKING:
     from lseg.bulk import Stages
@@ -107,7 +107,8 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
             output.write(job)
             parts = into_parts(left, args.part or (FEATURE_PART if args.features else PART))
             what = "GPU" if where.gpus else "CPU"
-            say(f"{len(left)} images in {len(parts)} parts, {where.actors} on a {what} at a time")
+            work = f"{counted(len(left), 'image')} in {counted(len(parts), 'part')}"
+            say(f"{work}, {where.actors} on a {what} at a time")
             start, bad = time.perf_counter(), 0
             found = run_parts(parts, engines_of(args, model, where.threads), wanted, text, where, args.quiet, stages)
             for _, sentences in found:
@@ -181,7 +182,7 @@ def tell(output: Output, left: list[Row], bad: int, seconds: float, say) -> int:
     done = output.done()
     missing = [row.shown for row in left if plain(row.name) not in done]
     rate = (len(left) - len(missing)) / seconds
-    say(f"{len(left) - len(missing)} images in {seconds:.1f} s, {rate:.2f} a second, in {output.where}")
+    say(f"{counted(len(left) - len(missing), 'image')} in {seconds:.1f} s, {rate:.2f} a second, in {output.where}")
     if len(missing) > bad:
         raise UserError(f"{missing[0]} and {len(missing) - bad - 1} more are in no part: go on with --resume")
     if bad:

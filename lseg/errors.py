@@ -54,6 +54,11 @@ def say(line: object) -> None:
         sys.stdout = open(os.devnull, "w")  # what is still in the old buffer must not fail at exit
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def run(main: Callable[[], int | None], interrupted: str = "") -> None:
     """Runs a script's main function and exits with its status: 2 after a UserError, 130 after Ctrl-C, 0 for None.
 

@@ -81,7 +81,7 @@ PLACES: dict[str, Runs | str] = {
     "python -m pip install -r requirements-ray.txt": Runs(),
     "python lseg_ray.py photos/": Runs(("results/parts/*.parquet",), r"2 images in .* a second"),
     'python lseg_ray.py "shards/*.tar"': Runs(
-        ("results_shards/parts/*.parquet", "results_shards/**/third_labels.png"), r"1 images in .* a second"
+        ("results_shards/parts/*.parquet", "results_shards/**/third_labels.png"), r"1 image in .* a second"
     ),
     "python lseg_ray.py s3://": CLUSTER,
     "python enginerun.py --weights demo_e200.ckpt --export-triton": OFFICIAL,

@@ -150,7 +150,7 @@ def bulk(args: argparse.Namespace, photos: Path, output: Path, gpus: int) -> tup
     usage.stop()
     if done.returncode:
         raise SystemExit(f"{script.name} ended with {done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
-    (found,) = re.findall(r"(\d+) images in ([\d.]+) s,", done.stdout)
+    (found,) = re.findall(r"(\d+) images? in ([\d.]+) s,", done.stdout)
     row = {"gpus": gpus, "images": int(found[0]), "work_seconds": float(found[1])}
     row |= {"process_seconds": round(ended - begun, 1), "images_a_second": round(int(found[0]) / float(found[1]), 1)}
     times = sorted(part.stat().st_mtime for part in (output / "parts").iterdir())
