@@ -19,8 +19,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lseg.errors import Parser, UserError, run, short
+from lseg.errors import Parser, UserError, counted, run, short
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parent
 PHOTO = ROOT / "image" / "temple.jpg"
@@ -102,10 +106,10 @@ def main(args: argparse.Namespace) -> int:
             print(f"note: no plot ({error})")
     failed = [row["variant"] for row in rows if row["error"] or row["broken"]]
     agree = sum(not row["accuracy"].get("is_reference") for row in rows if row["accuracy"])
-    if agree and not failed:
-        print(f"{'1 backend agrees' if agree == 1 else f'{agree} backends agree'} with {report['reference']}")
     if failed:
         print(f"error: {', '.join(failed)} failed or broke a bound: see above", file=sys.stderr)
+    elif agree:
+        print(f"{counted(agree, 'backend')} {'agrees' if agree == 1 else 'agree'} with {report['reference']}")
     return 1 if failed else 0
 
 
@@ -235,7 +239,7 @@ def random_weights(folder: Path) -> str:
     return str(path)
 
 
-def vary(module):
+def vary(module: nn.Module) -> nn.Module:
     """Gives a new module's biases and norms some spread: what only adds 0 or multiplies by 1 an exporter leaves out."""
     import torch
 

@@ -152,8 +152,7 @@ class Network:
 
     def __init__(self, engines: Engines, wanted: Wanted, text: np.ndarray | None):
         self.wanted, self.text, self.runner = wanted, text, engines.open()
-        identity = self.runner.identity
-        self.batch = engines.batch or (1 if identity.device == "CPU" else 8)
+        self.batch = engines.batch or (1 if self.runner.identity.device == "CPU" else 8)
         threads = TAKING_TURNS if self.runner.callers > 1 else 1
         self._callers = ThreadPoolExecutor(threads, thread_name_prefix="network")
 

@@ -7,11 +7,10 @@ computes what is asked for.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lseg.scoring import drop_unused
+from lseg.scoring import Appender, drop_unused
 
 
 def patches_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -22,39 +21,28 @@ def patches_as_product(model: onnx.ModelProto) -> onnx.ModelProto:
     found = _patch_embedding(graph)
     if found is None:
         return result
-    convolution, flatten, transpose = found
+    convolution, transpose = found
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     weight, bias = (numpy_helper.to_array(tensors[name]) for name in convolution.input[1:3])
     width, channels, patch, _ = weight.shape
     side = graph.input[0].type.tensor_type.shape.dim[2].dim_value // patch
-
-    def constant(name: str, array: np.ndarray) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), f"patches/{name}"))
-        return f"patches/{name}"
-
-    squares = constant("squares_shape", np.array([0, channels, side, patch, side, patch]))  # 0: as it is
-    rows = constant("rows_shape", np.array([0, side * side, channels * patch * patch]))
-    matrix = constant("weight", weight.reshape(width, -1).T)
-    node = helper.make_node
-    steps = [
-        node("Reshape", [convolution.input[0], squares], ["patches/squares"], "patches/squares"),  # [B, c, g, p, g, p]
-        node("Transpose", ["patches/squares"], ["patches/apart"], "patches/apart", perm=[0, 2, 4, 1, 3, 5]),
-        node("Reshape", ["patches/apart", rows], ["patches/rows"], "patches/rows"),  # [B, g * g, c * p * p]
-        node("MatMul", ["patches/rows", matrix], ["patches/product"], "patches/product"),  # [B, g * g, C]
-        node("Add", ["patches/product", constant("bias", bias)], [transpose.output[0]], "patches/tokens"),
-    ]
-    nodes = [onnx.NodeProto.FromString(one.SerializeToString()) for one in graph.node]
-    at = list(graph.node).index(convolution)
-    old = [list(graph.node).index(one) for one in (convolution, flatten, transpose)]
-    nodes = [*nodes[:at], *steps, *(one for index, one in enumerate(nodes) if index > at and index not in old)]
+    build = Appender(onnx.GraphProto(), "patches")
+    squares = build.ints(0, channels, side, patch, side, patch)  # 0: as it is
+    x = build.op("Reshape", convolution.input[0], squares)  # [B, c, g, p, g, p]
+    x = build.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])  # [B, g, g, c, p, p]
+    x = build.op("Reshape", x, build.ints(0, side * side, channels * patch * patch))  # [B, g * g, c * p * p]
+    x = build.op("MatMul", x, build.constant(weight.reshape(width, -1).T))  # [B, g * g, C]
+    build.op("Add", x, build.constant(bias), output=transpose.output[0])
+    nodes = [*build.graph.node, *(node for node in graph.node if node != transpose)]  # they need the input alone
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
+    graph.initializer.extend(build.graph.initializer)
     drop_unused(graph, [value.name for value in graph.output])
     return result
 
 
-def _patch_embedding(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto] | None:
-    """The convolution of the input whose stride is its kernel, with bias, and the Reshape and Transpose after it."""
+def _patch_embedding(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    """The convolution of the input whose stride is its kernel, with bias, and the Transpose behind its Reshape."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     first = [node for node in graph.node if graph.input[0].name in node.input]
     if len(first) != 1 or first[0].op_type != "Conv" or len(first[0].input) != 3:
@@ -70,4 +58,4 @@ def _patch_embedding(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, onnx.NodeP
             return None
         chain.append(users[0])
     perm = [list(attribute.ints) for attribute in chain[2].attribute if attribute.name == "perm"]
-    return (chain[0], chain[1], chain[2]) if perm == [[0, 2, 1]] else None
+    return (chain[0], chain[2]) if perm == [[0, 2, 1]] else None

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lseg.errors import UserError
 
 
-class _Graph:
+class Appender:
     """Appends nodes to an ONNX graph, naming what they give."""
 
     def __init__(self, graph: onnx.GraphProto, prefix: str):
@@ -87,7 +87,7 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     free. Large products are computed in z's type, what follows them in float32.
     """
     model, z = _with_pixels(core)
-    build = _Graph(model.graph, "labels")
+    build = Appender(model.graph, "labels")
     batch, _, side, _ = _dims(z)
     for name, kind in (("labels", TensorProto.UINT8), ("best", TensorProto.FLOAT)):
         model.graph.output.append(helper.make_tensor_value_info(name, kind, [batch, 4 * side, 4 * side]))
@@ -98,7 +98,7 @@ def label_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _cosines(build: _Graph, z: onnx.ValueInfoProto) -> str:
+def _cosines(build: Appender, z: onnx.ValueInfoProto) -> str:
     """Adds the input `text` float32 [N, D] and what gives its cosines with the pixels, float32 [B, N, 2h, 2h]."""
     _, dimension, side, _ = _dims(z)
     build.graph.input.append(helper.make_tensor_value_info("text", TensorProto.FLOAT, ["N", dimension]))
@@ -121,7 +121,7 @@ def embedding_graph(core: onnx.ModelProto) -> onnx.ModelProto:
     shape = [batch, dimension, 2 * side, 2 * side]
     del model.graph.output[:], model.graph.value_info[:]  # a rewriting may have left its types behind
     model.graph.output.append(helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, shape))
-    build = _Graph(model.graph, "embeddings")
+    build = Appender(model.graph, "embeddings")
     wide = _double(build, build.op("Cast", z.name, to=TensorProto.FLOAT))
     build.op("Div", wide, build.op("ReduceL2", wide, axes=[1], keepdims=1), output="embeddings")
     return model
@@ -137,7 +137,7 @@ def dot_graph(kind: int, dimension: int, side: int, opset: int = 17) -> onnx.Mod
         ]
     )
     graph.output.append(helper.make_tensor_value_info("dots", kind, ["B", "N", side * side]))
-    build = _Graph(graph, "dots")
+    build = Appender(graph, "dots")
     flat = build.op("Reshape", "z", build.ints(0, dimension, side * side))
     build.op("MatMul", build.op("Cast", "text", to=kind), flat, output="dots")
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
@@ -165,7 +165,7 @@ def _with_pixels(core: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ValueInfo
     graph = model.graph
     image, z = graph.input[0], graph.output[0]
     batch, _, height, width = _dims(image)
-    first = _Graph(onnx.GraphProto(), "pixels")
+    first = Appender(onnx.GraphProto(), "pixels")
     x = first.op("Cast", "pixels", to=TensorProto.FLOAT)  # [B, S, S, 3]
     x = first.op("Transpose", x, perm=[0, 3, 1, 2])  # [B, 3, S, S]
     x = first.op("Mul", x, first.floats(2 / 255))
@@ -201,7 +201,7 @@ def _sizes(value: onnx.ValueInfoProto) -> list[int]:
     return [max(0, d.dim_value) for d in value.type.tensor_type.shape.dim]
 
 
-def _double(build: _Graph, x: str) -> str:
+def _double(build: Appender, x: str) -> str:
     scales = build.floats(np.array([1, 1, 2, 2]))
     how = {"mode": "linear", "coordinate_transformation_mode": "align_corners"}
     return build.op("Resize", x, "", scales, **how)

@@ -103,6 +103,17 @@ def test_the_full_size_builds(trt, full_size, tmp_path, precision, matmul):
         assert found[2] >= 4 * 24 and found[0] <= 9  # of the head's 1 x 1 convolutions
 
 
+def recipe_of(demo, precision: str, matmul: str) -> recipes.Recipe:
+    """The demo weights' recipe."""
+    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
+    return recipes.Recipe(demo.folder, config, precision, matmul)
+
+
+def build(made: recipes.Recipe, name: str, folder: Path) -> bytes:
+    """One of its engines."""
+    return get_engine(made.spec(name), lambda: made.prepare(name), folder, DEVICE, lambda _: None)
+
+
 def fused_attentions(serialized: bytes) -> int:
     """How many kernels of fused attention an engine of TensorRT-RTX names: it holds each kernel's source."""
     return len(re.findall(rb"device_flash_attention_nl(?:_tiled)?\b", serialized))
@@ -113,22 +124,19 @@ def fused_attentions(serialized: bytes) -> int:
 )
 def test_attention_is_fused(trt, demo, tmp_path, precision, matmul):
     """In 16 bits each block's attention becomes one kernel in the 4-D and 3-D forms; never in 2-D or in float32."""
-    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
-    made = recipes.Recipe(demo.folder, config, precision, matmul)
-    expected = 0 if precision == "fp32" or matmul == "2d" else config["depth"]
+    made = recipe_of(demo, precision, matmul)
+    expected = 0 if precision == "fp32" or matmul == "2d" else made.config["depth"]
     for name in ("image", "images8") if (precision, matmul) == ("fp16", "4d") else ("image",):
-        serialized = get_engine(made.spec(name), lambda name=name: made.prepare(name), tmp_path, DEVICE, lambda _: None)
-        assert fused_attentions(serialized) == expected, name
+        assert fused_attentions(build(made, name, tmp_path)) == expected, name
 
 
 def test_norms_and_gelu_are_one_kernel_each(trt, demo, tmp_path):
     """What TensorRT 8.6 makes several of, with float32 passed between them: the graph has both as they are exported."""
-    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
-    made = recipes.Recipe(demo.folder, config, "fp16", "4d")
-    serialized = get_engine(made.spec("images8"), lambda: made.prepare("images8"), tmp_path, DEVICE, lambda _: None)
+    made = recipe_of(demo, "fp16", "4d")
+    depth, serialized = made.config["depth"], build(made, "images8", tmp_path)
     kernels = re.findall(rb"__myl_([A-Za-z]+)(?![A-Za-z_0-9])", serialized)  # named after what they do, in order
-    assert sum(b"MeanSubMulMeanAddSqrt" in name for name in kernels) == 2 * config["depth"]
-    assert sum(name.startswith(b"Fc") and b"Erf" in name for name in kernels) >= config["depth"]
+    assert sum(b"MeanSubMulMeanAddSqrt" in name for name in kernels) == 2 * depth
+    assert sum(name.startswith(b"Fc") and b"Erf" in name for name in kernels) >= depth
     assert not any(name.endswith((b"Mean", b"Erf")) for name in kernels)
 
 
@@ -140,16 +148,15 @@ def accumulators(serialized: bytes) -> Counter[int]:
 @pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
 def test_linear_layers_accumulate_in_float32(trt, demo, tmp_path, monkeypatch, matmul):
     """With float16 weights all the same: the engine is no larger than with products as they were."""
-    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
-    made = recipes.Recipe(demo.folder, config, "fp16", matmul)
-    found = {}
-    for name, least in (("image", 4 * config["depth"]), ("dots", 1)):  # a block has four, q, k and v together
-        serialized = get_engine(made.spec(name), lambda name=name: made.prepare(name), tmp_path, DEVICE, lambda _: None)
+    made, found = recipe_of(demo, "fp16", matmul), {}
+    layers = 4 * made.config["depth"]  # a block has four, q, k and v together
+    for name, least in (("image", layers), ("dots", 1)):
+        serialized = build(made, name, tmp_path)
         assert accumulators(serialized)[2] >= least and (matmul == "2d" or not accumulators(serialized)[0]), name
         found[name] = len(serialized)
     monkeypatch.setattr("lseg.precision.accumulate_in_float32", lambda model, every=False: model)
-    plain = get_engine(made.spec("image"), lambda: made.prepare("image"), tmp_path / "plain", DEVICE, lambda _: None)
-    assert not accumulators(plain)[2] and accumulators(plain)[0] >= 4 * config["depth"]
+    plain = build(made, "image", tmp_path / "plain")
+    assert not accumulators(plain)[2] and accumulators(plain)[0] >= layers
     assert abs(len(plain) / found["image"] - 1) < 0.02
 
 
@@ -158,13 +165,13 @@ def test_linear_layers_accumulate_in_float32(trt, demo, tmp_path, monkeypatch, m
 )
 def test_tokens_are_padded_where_scores_lie_in_memory(demo, precision, matmul):
     """What is fused brings no mask, and in the 4-D form q, k and v have linear layers of their own."""
-    config = read_metadata(demo.folder / IMAGE_ONNX)["image_config"]
-    nodes = recipes.Recipe(demo.folder, config, precision, matmul).prepare("image").graph.node
+    made = recipe_of(demo, precision, matmul)
+    nodes = made.prepare("image").graph.node
     softmaxes = sum(node.op_type == "Softmax" for node in nodes)
     fused = precision != "fp32" and matmul != "2d"
     assert sum("tokens/mask" in node.input for node in nodes) == (0 if fused or matmul == "2d" else softmaxes)
     layers = sum(node.op_type == "MatMul" and node.name.endswith("/k_product") for node in nodes)
-    assert layers == (config["depth"] if fused and matmul == "4d" else 0)
+    assert layers == (made.config["depth"] if fused and matmul == "4d" else 0)
 
 
 def test_ranks_in_the_parsed_network(trt, exported):

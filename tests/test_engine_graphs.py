@@ -241,6 +241,5 @@ def test_accumulating_in_float32(exported, matmul):
         assert casts[0] == casts[1] + 3 * count
         assert plain_products(model) and not plain_products(plain[name])
         assert list(model.graph.node) == list(plain[name].graph.node)
-    assert made.prepare("labels").graph.node and not any(
-        node.output[0].endswith("/float32") for node in made.prepare("labels").graph.node
-    )
+    nodes = made.prepare("labels").graph.node
+    assert nodes and not any(node.output[0].endswith("/float32") for node in nodes)

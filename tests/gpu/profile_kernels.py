@@ -19,7 +19,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,11 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from lseg.benchmark import gpu, machine, summarise  # noqa: E402
+from lseg.benchmark import gpu, interleaved, machine, segment_call  # noqa: E402
 from lseg.errors import UserError, run  # noqa: E402
 from lseg.files import write_files  # noqa: E402
 from lseg.measure import unit_vectors  # noqa: E402
 from lseg.runner import EngineOptions  # noqa: E402
+from testlseg import parse_cases  # noqa: E402
 
 METRICS = ("gpu__time_duration.sum", "launch__grid_size")
 # What a kernel's name tells of it; the first that fits counts. cut_windows and the like are this project's own.
@@ -65,23 +65,20 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.held:
-        return once(args, *numbers(args.held))
+        ((batch, labels),) = parse_cases(args.held)
+        return once(args, batch, labels)
     ncu = shutil.which("ncu")
     if not ncu:
         raise UserError("Nsight Compute (ncu) is not on the path: install it with CUDA's toolkit")
     report: dict[str, object] = {"machine": machine(), "weights": Path(args.weights).stem, "runs": args.runs}
-    for case in args.cases.split(","):
-        report[case] = entry = usual(args, *numbers(case))
+    for batch, labels in parse_cases(args.cases):
+        case = f"{batch}:{labels}"
+        report[case] = entry = usual(args, batch, labels)
         report["machine"] |= {"gpu": gpu()}
         entry |= summary(kernels(ncu, case))
         entry["total_less_kernels_ms"] = round(entry["total_ms"]["median"] - entry["kernels_ms"], 3)
         write_files({args.output: (json.dumps(report, indent=1) + "\n").encode()})
         print(json.dumps({key: value for key, value in entry.items() if key != "kernels"}, indent=1), flush=True)
-
-
-def numbers(case: str) -> tuple[int, int]:
-    batch, _, labels = case.partition(":")
-    return int(batch), int(labels)
 
 
 def opened(args: argparse.Namespace, graphs: bool):
@@ -98,13 +95,12 @@ def random_pixels(size: int, batch: int) -> np.ndarray:
 def usual(args: argparse.Namespace, batch: int, labels: int) -> dict[str, object]:
     """Milliseconds of calls as they are used."""
     with opened(args, graphs=True) as runner:
-        pixels, text, taken = random_pixels(runner.image_size, batch), unit_vectors(labels, 512), []
-        for turn in range(args.runs + 20):
-            start = time.perf_counter()
-            runner.segment(pixels, text)
-            if turn >= 20:
-                taken.append((time.perf_counter() - start) * 1e3)
-        return {"backend": str(runner.identity), "build_seconds": runner.build_seconds, "total_ms": summarise(taken)}
+        call = segment_call(runner, random_pixels(runner.image_size, batch), unit_vectors(labels, 512))
+        found, errors = interleaved({"call": call}, 20, args.runs)
+        if errors:
+            raise UserError(errors["call"])
+        total = found["call"]["total"]
+        return {"backend": str(runner.identity), "build_seconds": runner.build_seconds, "total_ms": total}
 
 
 def once(args: argparse.Namespace, batch: int, labels: int) -> None:
@@ -135,23 +131,19 @@ def kernels(ncu: str, case: str) -> list[dict[str, str]]:
 
 
 def summary(rows: list[dict[str, str]]) -> dict[str, object]:
-    """Microseconds by kind and by name, and every kernel in order."""
+    """Microseconds by kind, and every kernel in order: its name, microseconds and blocks."""
     kinds: dict[str, list[float]] = {}
-    names: dict[str, list[float]] = {}
     order = []
     for row in rows:
         name, taken = row["Kernel Name"][:160], float(row[METRICS[0]].replace(",", "")) / 1e3
         kind = next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), "other")
         kinds.setdefault(kind, []).append(taken)
-        names.setdefault(name, []).append(taken)
         order.append([name, round(taken, 2), int(float(row[METRICS[1]].replace(",", "")))])
 
-    def table(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-        ordered = sorted(found.items(), key=lambda pair: -sum(pair[1]))
-        return {name: {"kernels": len(each), "microseconds": round(sum(each), 1)} for name, each in ordered}
-
     total = sum(sum(each) for each in kinds.values()) / 1e3
-    return {"kernels_ms": round(total, 3), "kinds": table(kinds), "names": table(names), "kernels": order}
+    ordered = sorted(kinds.items(), key=lambda pair: -sum(pair[1]))
+    table = {kind: {"kernels": len(each), "microseconds": round(sum(each), 1)} for kind, each in ordered}
+    return {"kernels_ms": round(total, 3), "kinds": table, "kernels": order}
 
 
 if __name__ == "__main__":
