@@ -29,10 +29,12 @@ def nearest(rgb: np.ndarray) -> float:
 
 
 def words(seed: int, number: int) -> list[str]:
+    """Different ones, none of the common words that have a colour of their own."""
     rng = random.Random(seed)
     found = set()
     while len(found) < number:
         found.add("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 12))))
+        found -= COMMON.keys()
     return sorted(found, key=lambda _: rng.random())
 
 
