@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -57,6 +58,32 @@ def text_call(runner: Runner, tokens: np.ndarray) -> Call:
         return timings.milliseconds
 
     return call
+
+
+def throughput(
+    runner: Runner, pixels: np.ndarray, text: np.ndarray, calls: int, best: bool = False
+) -> dict[str, float]:
+    """Images a second from host to host, in calls by as many threads as keep the backend busy.
+
+    Args:
+        pixels, text, best: as of `lseg.runner.Runner.segment`; every call has the same.
+        calls: that are timed; a few come before them.
+
+    Returns:
+        "images_a_second", and the numbers of "callers" and "calls".
+    """
+    callers = runner.callers
+    with ThreadPoolExecutor(callers) as pool:
+
+        def run(count: int) -> float:
+            start = time.perf_counter()
+            for done in [pool.submit(runner.segment, pixels, text, best) for _ in range(count)]:
+                done.result()
+            return time.perf_counter() - start
+
+        run(4 * callers)
+        seconds = run(calls)
+    return {"images_a_second": len(pixels) * calls / seconds, "callers": callers, "calls": calls}
 
 
 def interleaved(

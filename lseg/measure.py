@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lseg.accuracy import Expected, broken_bounds, measure_accuracy
-from lseg.benchmark import gpu_memory_mib, interleaved, matrix_rate, one_line, segment_call, text_call
+from lseg.benchmark import gpu_memory_mib, interleaved, matrix_rate, one_line, segment_call, text_call, throughput
 from lseg.dataset import Dataset
 from lseg.errors import UserError
 from lseg.flops import image_encoder_flops
@@ -93,6 +93,13 @@ class Bench:
                 tflops = flops * batch / stages["encode_image"]["median"] / 1e9
                 case = {"batch": batch, "labels": labels, "stages": stages, "tflops": tflops}
                 self.rows[name]["speed"].append(case)
+            for name, runner in list(self.runners.items()):
+                try:
+                    found = throughput(runner, self._batch(batch), text, self.plan.runs)
+                except Exception as error:  # its failure is a result
+                    self._drop(name, one_line(error))
+                else:
+                    self.rows[name]["speed"][-1]["throughput"] = found
         return rates
 
     def measure_accuracy(

@@ -20,6 +20,7 @@ HEADER = (
     "encode_image",
     "encode_text",
     "total",
+    "images/s",
     "TFLOP/s",
     "labels equal",
     "embeddings off",
@@ -88,8 +89,11 @@ def markdown(report: dict) -> str:
     size = report["image_size"]
     lines = [f"**{where}; {kind}; {size} × {size}**", ""]
     rows = [cells for row in report["rows"] for cells in _cells(report, row)]
-    widths = [max(len(cells[i]) for cells in (HEADER, *rows)) for i in range(len(HEADER))]
-    for cells in (HEADER, tuple("-" * width for width in widths), *rows):
+    # What no row has is no column: images a second are of later reports alone.
+    kept = [i for i, name in enumerate(HEADER) if name != "images/s" or any(cells[i] != "–" for cells in rows)]
+    header, *rows = ([cells[i] for i in kept] for cells in (HEADER, *rows))
+    widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
+    for cells in (header, ["-" * width for width in widths], *rows):
         lines.append("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
     starred = any(cell.endswith("*") for cells in rows for cell in cells)
     lines += ["", *_notes(report, settings, starred)]
@@ -106,9 +110,9 @@ def _cells(report: dict, row: dict) -> list[tuple[str, ...]]:
         off = _number(accuracy.get("label_agreement"), ".2f", " %"), _number(accuracy.get("relative_difference"), ".1e")
     found = (*off, _number(accuracy.get("dataset", {}).get("miou"), ".2f"))
     if row["error"] and not row["speed"]:
-        return [(name, arithmetic, "failed", *["–"] * 4, *found)]
+        return [(name, arithmetic, "failed", *["–"] * 5, *found)]
     if not row["speed"]:
-        return [(name, arithmetic, *["–"] * 5, *found)]
+        return [(name, arithmetic, *["–"] * 6, *found)]
     text = row["encode_text"].get(str(report["settings"]["table_text_count"]))
     rate = report["matrix_rate"].get(row["precision"])
     if rate and (row["device"] != "CPU") != (rate.get("device") == "GPU"):
@@ -125,6 +129,7 @@ def _cells(report: dict, row: dict) -> list[tuple[str, ...]]:
                 _milliseconds(stages.get("encode_image")),
                 _milliseconds(text),
                 _milliseconds(stages["total"]),
+                _rate(case.get("throughput")),
                 f"{case['tflops']:.2f}{share}" if case["tflops"] else "–",
                 *found,
             )
@@ -140,6 +145,13 @@ def _milliseconds(summary: dict | None) -> str:
     return f"{summary['median']:.{digits}f} ({summary['p99']:.{digits}f}){flag}"
 
 
+def _rate(throughput: dict | None) -> str:
+    if throughput is None:
+        return "–"
+    rate = throughput["images_a_second"]
+    return f"{rate:.{2 if rate < 10 else 1 if rate < 100 else 0}f}"
+
+
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
@@ -151,7 +163,8 @@ def _notes(report: dict, settings: dict, starred: bool) -> list[str]:
         "interleaved. encode_image: from normalised image to embeddings, on the device; from uint8 image to label map "
         "where one engine does both (TensorRT, PyTorch compiled). encode_text: "
         f"{settings['table_text_count']} labels. total: from uint8 image to label map, both in host memory, the text "
-        "embeddings kept. TFLOP/s: of encode_image, with the share of a large matrix product's rate in PyTorch. "
+        f"embeddings kept. {_throughput_note(report)}TFLOP/s: of encode_image, with the share of a large matrix "
+        "product's rate in PyTorch. "
         f"Labels and embeddings: against {report['reference']}, on {_photos(report)}; embeddings off: the length of "
         "the difference over the length, of all pixels' embeddings together."
     ]
@@ -170,6 +183,15 @@ def _notes(report: dict, settings: dict, starred: bool) -> list[str]:
         if data:
             notes.append(f"{row['variant']} on {_dataset_line(data)}")
     return "\n\n".join(notes).split("\n")
+
+
+def _throughput_note(report: dict) -> str:
+    """What the images a second are of, where there are some."""
+    found = [case["throughput"] for row in report["rows"] for case in row["speed"] if case.get("throughput")]
+    callers = sorted({each["callers"] for each in found})
+    if not found:
+        return ""
+    return f"images/s: the same with calls of {' or '.join(map(str, callers))} threads at once. "
 
 
 def _photos(report: dict) -> str:

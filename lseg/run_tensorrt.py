@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,18 @@ from lseg.loaded_engine import to_float32
 from lseg.onnx_file import checked_image, checked_text
 from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe
 from lseg.runner import EngineOptions, Identity, Segmentation, Timings
+from lseg.slots import AT_ONCE, Slot, Slots
 from lseg.stages import Stages
 from lseg.windows import Inference
 
 # In 2-D, with two heads a product, four blocks of ViT-L/16 took 1.34 times as long as in 4-D on an H200 (TensorRT 8.6,
 # float32, batch 1), and longer still with one head or four.
 DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d", "bf16": "4d"}
-GRAPHS = 16  # pairs of shapes whose captured graphs are kept
+GRAPHS = 16 * AT_ONCE  # captured graphs that are kept
 
 
 class TensorRTRunner:
-    """See `lseg.runner.Runner`. Threads may share one; their calls take turns.
+    """See `lseg.runner.Runner`. Threads may share one: on the GPU their calls take turns, copies of two overlap.
 
     Args:
         weights: as `--weights`.
@@ -40,7 +42,7 @@ class TensorRTRunner:
         UserError: no GPU, no TensorRT, no PyCUDA, or ONNX files that are missing or of other weights.
     """
 
-    callers = 2
+    callers = AT_ONCE + 1  # one works on its results meanwhile
 
     def __init__(
         self,
@@ -69,11 +71,15 @@ class TensorRTRunner:
         self.device = Device()
         self.identity = Identity(f"TensorRT {trt.__version__}", self.device.name, precision, matmul)
         self._lock = threading.RLock()
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._text: np.ndarray | None = None  # the texts that the GPU holds
+        self._graphs: dict[tuple[int, int, int, bool], Graph] = {}
         try:
             with self.device:
                 self.stages = Stages(self.device, recipe, options.folder, options.say, self.forget_graphs)
+                try:
+                    self._slots = Slots(self.stages)
+                except BaseException:
+                    self.stages.close()
+                    raise
         except BaseException:
             self.device.close()
             raise
@@ -101,14 +107,12 @@ class TensorRTRunner:
         self._check(pixels)
         self._check_text(text)
         timings = Timings()
-        with self._lock, self.device:
+        # The scores are part of the work on the GPU: their time counts to encode_image.
+        with self._slots.take() as slot, self.device:
             work = self._segment if len(text) <= LABELS_A_PASS else self._segment_in_passes
-            batches = list(self.stages.batches(len(pixels)))
-            # The scores are part of the work on the GPU: their time counts to encode_image.
-            found = timings.measure("encode_image", lambda: [work(pixels[part], text, best) for part in batches])
-        labels, cosines = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*found, strict=True))
+            labels, cosines = work(slot, pixels, text, best, timings)
         timings.milliseconds.update({"preprocess": 0.0, "similarity": 0.0})
-        return Segmentation(labels, cosines if best else None, timings)
+        return Segmentation(labels, cosines, timings)
 
     def label_windows(
         self, photo: np.ndarray, text: np.ndarray, how: Inference, best: bool, timings: Timings
@@ -123,7 +127,7 @@ class TensorRTRunner:
         if images.shape[1:] != (3, size, size):
             raise UserError(f"images of shape {list(images.shape)} do not fit: give float32 [B, 3, {size}, {size}]")
         result = np.empty((len(images), len(text), size, size), np.float32)
-        with self._lock, self.device:
+        with self._slots.take() as slot, self._lock, self.device:
             covered = (stages.whole_shares, stages.whole_shares)
             scores = stages.buffer("scores", min(len(text), LABELS_A_PASS) * size**2)
             for index, image in enumerate(images):
@@ -131,7 +135,7 @@ class TensorRTRunner:
                 stages.encode(1)
                 for start in range(0, len(text), LABELS_A_PASS):
                     group = text[start : start + LABELS_A_PASS]
-                    address = self._upload_text(group)
+                    address = slot.upload_text(group)
                     scores.zero(stages.stream, len(group) * size**2)
                     stages.add_scores(
                         1, address, len(group), stages.whole_places, covered, (size, size), scores.address
@@ -162,19 +166,13 @@ class TensorRTRunner:
                 f"texts of shape {list(text.shape)} do not fit: give float32 [N, {dimension}], N at least 1"
             )
 
-    def _upload_text(self, text: np.ndarray) -> int:
-        """The texts' address on the GPU, where they stay until others come. The stream's work must be done."""
-        buffer = self.stages.buffer("text", LABELS_A_PASS * self.stages.dimension, host=True)
-        if self._text is None or self._text.shape != text.shape or not np.array_equal(self._text, text):
-            self._text = None  # whatever happens before they are there
-            buffer.write(self.stages.stream, text)
-            self._text = text.copy()
-        return buffer.address
-
-    def _encode(self, pixels: Buffer, batch: int) -> None:
-        size = (self.image_size, self.image_size)
-        self.stages.cut(pixels.address, size, size, self.stages.whole_places, batch)
+    def _encode(self, pixels: Buffer, part: slice) -> int:
+        """Encodes some of the photos in a buffer, and returns how many."""
+        side, batch = self.image_size, part.stop - part.start
+        address = pixels.address + part.start * 3 * side**2
+        self.stages.cut(address, (side, side), (side, side), self.stages.whole_places, batch)
         self.stages.encode(batch)
+        return batch
 
     def _embed(self, pixels: np.ndarray) -> tuple[Buffer, tuple[int, ...]]:
         """Unit embeddings of at most eight images in a buffer on the GPU, complete, and their shape."""
@@ -182,66 +180,88 @@ class TensorRTRunner:
         stages = self.stages
         each = stages.dimension * stages.wide**2
         result = stages.buffer("embeddings", len(pixels) * each, stages.dtype)
+        source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
+        source.write(stages.stream, pixels)
         for part in stages.batches(len(pixels)):
-            batch = part.stop - part.start
-            source = stages.buffer("pixels", batch * self.image_size**2 * 3, np.uint8, host=True)
-            source.write(stages.stream, pixels[part])
-            self._encode(source, batch)
+            batch = self._encode(source, part)
             stages.embeddings(batch, result.address + part.start * each * stages.dtype.itemsize)
-            stages.stream.synchronize()
+        stages.stream.synchronize()
         return result, (len(pixels), stages.dimension, stages.wide, stages.wide)
 
-    def _segment(self, pixels: np.ndarray, text: np.ndarray, best: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Up to 256 labels, one copy in, one copy out: uint8 [B, S, S]; cosines, empty where not asked for."""
-        stages, batch, shape = self.stages, len(pixels), pixels.shape[:3]
-        size, key = int(np.prod(shape)), (len(pixels), len(text))
-        source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
-        labels = stages.buffer("labels", size, np.uint8, host=True)
-        cosines = stages.buffer("best", size)
-        address = self._upload_text(text)
-        source.host[: pixels.size] = pixels.ravel()
-        if key in self._graphs:
-            self._graphs[key].launch()
-        else:
+    def _segment(
+        self, slot: Slot, pixels: np.ndarray, text: np.ndarray, best: bool, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Up to 256 labels, one copy in, one copy out: uint8 [B, S, S]; cosines where they are asked for."""
+        stages, shape = self.stages, pixels.shape[:3]
+        count = int(np.prod(shape))
+        with self._lock:
+            source = slot.buffer("pixels", pixels.size, np.uint8)
+            labels = slot.buffer("labels", count, np.uint8)
+            cosines = slot.buffer("best", count, np.float32)
+        timings.measure("encode_image", lambda: np.copyto(source.host[: pixels.size], pixels.reshape(-1)))
+        with self._lock:
+            address = slot.upload_text(text)
 
             def work() -> None:
                 source.upload(stages.stream, pixels.size)
-                self._encode(source, batch)
-                stages.label(batch, address, len(text), labels.address, cosines.address)
-                labels.download(stages.stream, size)
+                for part in stages.batches(len(pixels)):
+                    batch, at = self._encode(source, part), part.start * self.image_size**2
+                    stages.label(batch, address, len(text), labels.address + at, cosines.address + 4 * at)
+                labels.download(stages.stream, count)
+                if best:
+                    cosines.download(stages.stream, count)
 
-            work()  # the first run of a shape allocates, which a capture forbids
-            if self.use_graphs:
-                stages.stream.synchronize()
-                while len(self._graphs) >= GRAPHS:
-                    self._graphs.pop(next(iter(self._graphs))).close()
-                try:
-                    self._graphs[key] = Graph(stages.stream, work)
-                except (RuntimeError, UserError, self.device.driver.Error):
-                    pass  # others' work in the context can forbid it; what is wanted has run already
+            slot.begun.record(stages.stream)
+            self._launch((slot.index, len(pixels), len(text), best), work, slot)
+        # Others may enqueue their work while this call waits for its own, and copies.
+        timings.milliseconds["encode_image"] += slot.milliseconds()
+        read = [labels, cosines] if best else [labels]
+        found = timings.measure("encode_image", lambda: [each.host[:count].reshape(shape).copy() for each in read])
+        return found[0], found[1] if best else None
+
+    def _launch(self, key: tuple[int, int, int, bool], work: Callable[[], None], slot: Slot) -> None:
+        """Enqueues the work of a slot and the event of its end; from its second time on as a captured graph."""
+        stages = self.stages
+        if key in self._graphs:
+            self._graphs[key].launch()
+            slot.done.record(stages.stream)
+            return
+        work()  # the first run of a shape allocates, which a capture forbids
+        slot.done.record(stages.stream)
+        if not self.use_graphs:
+            return
         stages.stream.synchronize()
-        return labels.host[:size].reshape(shape).copy(), self._read(cosines, shape, best)
+        while len(self._graphs) >= GRAPHS:
+            self._graphs.pop(next(iter(self._graphs))).close()
+        try:
+            self._graphs[key] = Graph(stages.stream, work)
+        except (RuntimeError, UserError, self.device.driver.Error):
+            pass  # others' work in the context can forbid it; what is wanted has run already
 
-    def _segment_in_passes(self, pixels: np.ndarray, text: np.ndarray, best: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _segment_in_passes(
+        self, slot: Slot, pixels: np.ndarray, text: np.ndarray, best: bool, timings: Timings
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Any number of labels: z stays, groups of labels keep a running maximum; int32 [B, S, S]."""
-        stages, batch, shape = self.stages, len(pixels), pixels.shape[:3]
-        size = int(np.prod(shape))
-        source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
-        labels, cosines = stages.buffer("many_labels", size, np.int32), stages.buffer("best", size)
-        source.write(stages.stream, pixels)
-        self._encode(source, batch)
-        for start in range(0, len(text), LABELS_A_PASS):
-            group = text[start : start + LABELS_A_PASS]
-            stages.stream.synchronize()  # the host's copy of the last group is still being read
-            address = self._upload_text(group)
-            stages.label(batch, address, len(group), labels.address, cosines.address, offset=start)
-        return labels.read(stages.stream, size).reshape(shape), self._read(cosines, shape, best)
+        stages, shape = self.stages, pixels.shape[:3]
+        count = int(np.prod(shape))
 
-    def _read(self, buffer: Buffer, shape: tuple[int, ...], wanted: bool) -> np.ndarray:
-        """What a buffer holds, or an empty array where it is not wanted."""
-        if not wanted:
-            return np.empty(0, buffer.dtype)
-        return buffer.read(self.stages.stream, int(np.prod(shape))).reshape(shape)
+        def work() -> list[np.ndarray]:
+            source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
+            labels, cosines = stages.buffer("many_labels", count, np.int32), stages.buffer("best", count)
+            source.write(stages.stream, pixels)
+            for part in stages.batches(len(pixels)):
+                batch, at = self._encode(source, part), 4 * part.start * self.image_size**2
+                for start in range(0, len(text), LABELS_A_PASS):
+                    group = text[start : start + LABELS_A_PASS]
+                    stages.stream.synchronize()  # the host's copy of the last group is still being read
+                    address = slot.upload_text(group)
+                    stages.label(batch, address, len(group), labels.address + at, cosines.address + at, offset=start)
+            read = [labels, cosines] if best else [labels]
+            return [each.read(stages.stream, count).reshape(shape) for each in read]
+
+        with self._lock:
+            found = timings.measure("encode_image", work)
+        return found[0], found[1] if best else None
 
     @property
     def build_seconds(self) -> float:
@@ -249,11 +269,13 @@ class TensorRTRunner:
         return self.stages.build_seconds
 
     def close(self) -> None:
-        with self._lock:
+        with self._slots.all() as slots, self._lock:
             if self.device.closed:
                 return
             with self.device:
                 self.forget_graphs()
+                for slot in slots:
+                    slot.close()
                 self.stages.close()
             self.device.close()
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -129,6 +130,7 @@ class Driver(ModuleType):
 
         self.Device = Device
         self.Stream = lambda flags: SimpleNamespace(handle=0, synchronize=lambda: None)
+        self.Event = Event
 
     def init(self) -> None: ...
 
@@ -177,6 +179,19 @@ class Driver(ModuleType):
             return launch
 
         return SimpleNamespace(get_function=get_function)
+
+
+class Event:
+    """What is enqueued is done at once here: the host's time is the GPU's."""
+
+    def record(self, stream: object) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.seconds > 0, "waited for an event that was not recorded"
+
+    def time_since(self, earlier: Event) -> float:
+        return (self.seconds - earlier.seconds) * 1e3
 
 
 class Allocation:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -10,9 +13,10 @@ from lseg.errors import UserError
 from lseg.inference import label_photo
 from lseg.recipes import IMAGE
 from lseg.run_tensorrt import TensorRTRunner
-from lseg.runner import EngineOptions, Timings, open_runner
+from lseg.runner import EngineOptions, Segmentation, Timings, open_runner
+from lseg.slots import AT_ONCE
 from lseg.windows import Inference
-from tests.gpu_stand_in import compile_kernels, stand_in
+from tests.gpu_stand_in import Event, compile_kernels, stand_in
 
 EXACT, HALF = 1e-5, 1e-2  # of cosines and embeddings, in float32 and float16
 
@@ -99,7 +103,7 @@ def test_no_more_graphs_than_are_kept(opened, seed, monkeypatch):
     rng, runner = np.random.default_rng(seed), opened()
     for labels in range(1, 7):
         runner.segment(*draw(rng, 1, labels))
-    assert list(runner._graphs) == [(1, 4), (1, 5), (1, 6)]
+    assert [labels for _, _, labels, _ in runner._graphs] == [4, 5, 6]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -183,6 +187,85 @@ def test_texts_that_change_in_place(opened, torch_runner, seed):
     runner.segment(pixels, text)
     text[...] = text[::-1].copy()
     assert (runner.segment(pixels, text).labels == torch_runner.segment(pixels, text).labels).mean() >= 0.999
+
+
+def test_calls_overlap(opened, driver, seed, monkeypatch):
+    """While one call waits for the GPU another's work is enqueued, which the first one waits for here."""
+    rng, runner = np.random.default_rng(seed), opened()
+    jobs = [draw(rng, 1, labels) for labels in (3, 5)]
+    wanted = [runner.segment(*job, best=True) for job in jobs]
+    both = threading.Barrier(2)
+    monkeypatch.setattr(Event, "synchronize", lambda self: both.wait(timeout=60))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: runner.segment(*job, best=True), jobs))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_array_equal(one.best, other.best)
+        assert one.timings.milliseconds.keys() == other.timings.milliseconds.keys()
+
+
+def test_threads_that_share_it(opened, seed):
+    """Images, texts, and numbers of both that change from call to call, with embeddings, windows and many labels."""
+    rng, runner = np.random.default_rng(seed), opened()
+    jobs = [draw(rng, count, labels) for count in (1, 2, 8) for labels in (2, 9, 260)]
+    works = [
+        *(lambda job=job, best=best: runner.segment(*job, best=best) for job in jobs for best in (False, True)),
+        lambda: runner.encode_image(jobs[0][0]),
+        lambda: runner.scores(np.zeros((1, 3, 64, 64), np.float32), jobs[1][1]),
+        lambda: label_photo(runner, np.tile(jobs[0][0][0], (2, 1, 1)), jobs[1][1], "window"),
+    ]
+
+    def arrays(result: object) -> list[np.ndarray]:
+        parts = (result.labels, result.best) if isinstance(result, Segmentation) else result
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        return [part for part in parts if part is not None]
+
+    wanted = [arrays(work()) for work in works]
+    order = rng.integers(0, len(works), 60)
+    with ThreadPoolExecutor(4) as pool:
+        for index, found in zip(order, pool.map(lambda index: arrays(works[index]()), order), strict=True):
+            assert len(found) == len(wanted[index])
+            for one, other in zip(found, wanted[index], strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_closing_waits_for_calls_under_way(opened, seed, monkeypatch):
+    rng, runner = np.random.default_rng(seed), opened()
+    pixels, text = draw(rng, 1, 3)
+    wanted = runner.segment(pixels, text).labels
+    waiting, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(_: Event) -> None:
+        waiting.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(Event, "synchronize", wait)
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(runner.segment, pixels, text)
+        assert waiting.wait(60)
+        closing = pool.submit(lambda: (runner.close(), closed.set()))
+        assert not closed.wait(0.2)
+        go_on.set()
+        closing.result(60)
+        np.testing.assert_array_equal(call.result(60).labels, wanted)
+    with pytest.raises(UserError, match="the GPU was closed"):
+        runner.segment(pixels, text)
+
+
+def test_a_call_that_fails_leaves_the_others_room(opened, driver, seed, monkeypatch):
+    rng, runner = np.random.default_rng(seed), opened()
+    pixels, text = draw(rng, 1, 3)
+    wanted = runner.segment(pixels, text).labels
+
+    def fail(_: Event) -> None:
+        raise driver.Error("an illegal address")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Event, "synchronize", fail)
+        for _ in range(2 * AT_ONCE):
+            with pytest.raises(UserError, match="the GPU failed .an illegal address"):
+                runner.segment(pixels, text)
+    np.testing.assert_array_equal(runner.segment(pixels, text).labels, wanted)
 
 
 def test_wrong_shapes_are_told(opened, seed):

@@ -4,9 +4,9 @@
     python tests/bench/ray_scaling.py PHOTOS log/ray_cpu_no_network.json --no-network 0 --count 1024
 
 The folder's photos are copied, under other names, until there are as many as asked for. First comes what one GPU does
-alone: uint8 pixels in memory, eight a call, without Ray, decoding or writing; engines are there already, or are built.
-Then a run on a few photos warms the disk, and each number of GPUs is measured once; then again, up to `--runs` times,
-while `--seconds` last. The file is written after each of these.
+alone: uint8 pixels in memory, eight a call, by as many threads as keep it busy, without Ray, decoding or writing;
+engines are there already, or are built. Then a run on a few photos warms the disk, and each number of GPUs is measured
+once; then again, up to `--runs` times, while `--seconds` last. The file is written after each of these.
 
 Both label maps and parts are written. "images_a_second" are over all work, from the cluster's start on, with the
 engines' loading; "steady" ones between the first and the last eighth of the parts, as the files' times tell, with what
@@ -117,7 +117,7 @@ def alone(args: argparse.Namespace) -> dict:
     """One GPU with pixels in memory."""
     import numpy as np
 
-    from lseg.benchmark import summarise
+    from lseg.benchmark import throughput
     from lseg.measure import unit_vectors
     from lseg.runner import EngineOptions, open_runner
 
@@ -125,14 +125,8 @@ def alone(args: argparse.Namespace) -> dict:
     with open_runner(args.backend, args.weights, args.onnx, engines=engines) as runner:
         size, batch = runner.image_size, 8
         pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-        text, taken = unit_vectors(8, 512), []
-        for turn in range(60):
-            start = time.perf_counter()
-            runner.segment(pixels, text, best=True)
-            if turn >= 10:
-                taken.append((time.perf_counter() - start) * 1e3)
-        median = summarise(taken)["median"]
-        return {"backend": str(runner.identity), "ms_of_eight": median, "images_a_second": round(8e3 / median, 1)}
+        found = throughput(runner, pixels, unit_vectors(8, 512), calls=60, best=True)
+        return {"backend": str(runner.identity), **found}
 
 
 def bulk(args: argparse.Namespace, photos: Path, output: Path, gpus: int) -> tuple[dict, float]:
