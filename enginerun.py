@@ -68,6 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--matmul", choices=("4d", "3d", "2d"), help="form of attention's products (default: 4d)")
     engine.add_argument("--opt-level", type=int, default=3, choices=range(6), help="the builder's effort (default: 3)")
     engine.add_argument(
+        "--batch", type=int, choices=range(1, 9), metavar="N", help="photos a run of the network, 1 to 8 (default: 1)"
+    )
+    engine.add_argument(
         "--engines", type=short, default=str(ROOT / "engines"), metavar="DIR", help="folder of the engines (engines/)"
     )
     parser.add_argument(
@@ -245,7 +248,7 @@ def open_runner(args: argparse.Namespace, photos: list[Photo]) -> Iterator[Runne
     model = Model(args.weights, args.onnx, args.text_onnx, args.re_export, args.quiet)
     if choose_backend(args.backend) != "torch":
         check_before_export(model, photos)
-    engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say)
+    engines = EngineOptions(args.engines, args.precision, args.matmul, args.opt_level, say, args.batch)
     with open_backend(args.backend, model, engines, say) as runner:
         about = "demo (they know street scenes; see the README for the official ones)"
         say(f"{runner.identity}; weights: {about if args.weights == 'demo' else args.weights}")
@@ -295,6 +298,7 @@ def what_is_wanted(args: argparse.Namespace, vocabulary: Vocabulary, templates: 
         rle=args.rle,
         resume=args.resume,
         quiet=args.quiet,
+        batch=args.batch or 1,
         made_with=digest(args.weights, args.text_onnx, vocabulary, templates, args.inference, args.unknown),
     )
 

@@ -47,6 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--cases", default="1:8,1:150,8:8", help="batch:labels pairs (default: 1:8,1:150,8:8)")
+    speed.add_argument(
+        "--batch", type=int, metavar="N", help="images a run of TensorRT's encoder (default: eight and one)"
+    )
     speed.add_argument("--runs", type=int, default=30)
     speed.add_argument("--warmup", type=int, default=5)
     speed.add_argument("--no-speed", action="store_true", help="accuracy only")
@@ -183,6 +186,8 @@ def measure(args: argparse.Namespace) -> dict:
         "settings": {"runs": args.runs, "warmup": args.warmup, "table_text_count": TABLE_TEXT_COUNT},
         "matrix_rate": {},
     }
+    if args.batch:
+        report["settings"]["batch"] = args.batch
     plan = Plan(
         weights=args.weights,
         random_weights=args.random_weights,
@@ -194,6 +199,7 @@ def measure(args: argparse.Namespace) -> dict:
         text_counts=(TABLE_TEXT_COUNT,) if args.quick else TEXT_COUNTS,
         runs=args.runs,
         warmup=args.warmup,
+        batch=args.batch,
     )
     with Bench(plan, chosen) as bench:
         bench.open(time_first_calls=not args.no_speed)

@@ -25,6 +25,7 @@ from lseg.errors import UserError
 from lseg.features import Features
 from lseg.image import decode_image, labels_to_photo, to_pixels
 from lseg.labels import label_dtype, label_map_files, palette
+from lseg.recipes import MAX_BATCH
 from lseg.results import describe_tally, is_unknown, with_masks
 from lseg.sources import LABEL_MAP, MEANING
 from lseg.tally import Tally, tally_at
@@ -71,7 +72,7 @@ class Engines:
     """How an actor opens its backend: see `lseg.runner.open_runner`.
 
     Attributes:
-        batch: images at a time; None: the engines' own on a GPU, and one on a CPU, where more gain nothing.
+        batch: images at a time; None: eight on a GPU, and one on a CPU, where more gain nothing.
         threads: of ONNX Runtime or PyTorch on a CPU; 0: as many as there are cores.
     """
 
@@ -86,12 +87,14 @@ class Engines:
     batch: int | None
     threads: int
 
-    def open(self) -> Runner:
+    def open(self, alone: bool = False) -> Runner:
+        """`alone`: images will come one by one. Else TensorRT has one engine, which takes a rest of fewer as well."""
         from lseg.runner import EngineOptions, open_runner
 
         self._limit_threads()
+        batch = 1 if alone else self.batch or (None if self.matmul == "2d" else MAX_BATCH)
         engines = EngineOptions(
-            Path(self.folder), self.precision, self.matmul, self.optimization_level, say=lambda _: None
+            Path(self.folder), self.precision, self.matmul, self.optimization_level, lambda _: None, batch
         )
         text_onnx = Path(self.text_onnx) if self.text_onnx else None
         return open_runner(self.backend, self.weights, Path(self.onnx), text_onnx, engines)
@@ -151,8 +154,9 @@ class Network:
     """
 
     def __init__(self, engines: Engines, wanted: Wanted, text: np.ndarray | None):
-        self.wanted, self.text, self.runner = wanted, text, engines.open()
-        self.batch = engines.batch or (1 if self.runner.identity.device == "CPU" else 8)
+        self.wanted, self.text = wanted, text
+        self.runner = engines.open(alone=wanted.vocabulary is None)
+        self.batch = engines.batch or (1 if self.runner.identity.device == "CPU" else MAX_BATCH)
         threads = TAKING_TURNS if self.runner.callers > 1 else 1
         self._callers = ThreadPoolExecutor(threads, thread_name_prefix="network")
 

@@ -31,7 +31,7 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # for each input: smallest, usu
 class EngineSpec:
     """What an engine is made from. Two specs that are equal give interchangeable engines."""
 
-    name: str  # "image", "images8", "dots" or "text"
+    name: str  # "image", "images2" to "images8", "dots" or "text"
     onnx_sha256: str  # of the exported file that the graph is prepared from
     precision: str  # "fp32", "tf32", "fp16" or "bf16"
     matmul: str  # "4d", "3d" or "2d"

@@ -9,7 +9,7 @@ import numpy as np
 from lseg.cuda import Buffer
 from lseg.errors import UserError
 from lseg.kernels import Place
-from lseg.recipes import IMAGE, LABELS_A_PASS
+from lseg.recipes import LABELS_A_PASS
 from lseg.runner import Timings
 from lseg.stages import Stages
 from lseg.windows import Inference, scaled_size, windows
@@ -35,7 +35,9 @@ def label_windows(
     sizes = [scaled_size(*photo_size, scale, stages.size) for scale in how.scales]
     pixels = [height * width for height, width in sizes]
     plans = [plan(size, stages.size, how.mirror) for size in sizes]
-    for name in {"dots"} | {IMAGE[part.stop - part.start] for places in plans for part in stages.batches(len(places))}:
+    for name in {"dots"} | {
+        stages.image_engine(part.stop - part.start) for places in plans for part in stages.batches(len(places))
+    }:
         stages.engine(name)  # building one needs memory
     free = stages.device.driver.mem_get_info()[0] // 2
     step = max(1, min(LABELS_A_PASS, len(text), min(MAP_BYTES, free) // (4 * sum(pixels))))

@@ -36,6 +36,7 @@ class Plan:
     text_counts: tuple[int, ...]  # labels embedded at a time
     runs: int
     warmup: int
+    batch: int | None = None  # of TensorRT's engines
 
 
 class Bench:
@@ -150,7 +151,7 @@ class Bench:
 
     def _open(self, variant: Variant) -> Runner:
         plan = self.plan
-        return self._stack.enter_context(open_variant(variant, plan.weights, plan.onnx, plan.engines))
+        return self._stack.enter_context(open_variant(variant, plan.weights, plan.onnx, plan.engines, batch=plan.batch))
 
     def _interleaved(self, title: str, calls: dict[str, Callable]) -> dict[str, dict]:
         found, errors = interleaved(calls, self.plan.warmup, self.plan.runs, bar(title))

@@ -24,19 +24,23 @@ def check_options(args: Namespace, usual: Namespace) -> None:
     check_unknown(args.unknown)
     mapping = "stride points regions"
     if args.export_triton:
-        photos = "photos labels labels_file templates text_onnx inference output save_labels save_scores jsonl rle"
+        photos = (
+            "photos labels labels_file templates text_onnx inference output save_labels save_scores jsonl rle batch"
+        )
         others = "features video frames unknown resume"
         refuse(f"{photos} {mapping} {others}", "has no meaning beside --export-triton: leave one out")
         return
     if args.video is not None:
         refuse("photos", "are there beside --video: give one of the two")
-        refuse(f"features {mapping} jsonl rle resume save_scores", "is for photos, not for --video: leave one out")
+        refuse(
+            f"features {mapping} batch jsonl rle resume save_scores", "is for photos, not for --video: leave one out"
+        )
         if args.frames is not None and args.frames < 1:
             raise UserError(f"--frames {args.frames} cannot be: give 1 or more")
         return
     refuse("frames", "is for --video: name that too")
     if args.features:
-        pictures = "save_labels save_scores jsonl rle unknown labels labels_file templates text_onnx"
+        pictures = "batch save_labels save_scores jsonl rle unknown labels labels_file templates text_onnx"
         refuse(pictures, "has no meaning beside --features, which makes no pictures: leave one out")
         if args.inference != "whole":
             raise UserError(f"--features is for photos seen whole, not --inference {args.inference}: leave one out")

@@ -14,7 +14,7 @@ import numpy as np
 from lseg.errors import UserError
 from lseg.features import Features, check_mask, check_points, read_points, read_region_mask, write_features
 from lseg.image import to_pixels
-from lseg.photos import Task, run_tasks
+from lseg.photos import Group, Task, run_tasks
 from lseg.runner import Runner, Timings
 from lseg.sources import FEATURES, Photo, output_names
 
@@ -117,8 +117,10 @@ def write_photo_features(
                 least = math.ceil(step * math.sqrt(size / LARGEST))
                 raise UserError(f"--stride {step} makes {size / 2**30:.1f} GiB of it: give --stride {least} or more")
 
-    def work(_: object, loaded: tuple[np.ndarray, Timings]) -> tuple[Features, Timings]:
-        photo, taken = loaded
+    def work(group: Group) -> list[tuple[Features, Timings]]:
+        return [embed(*loaded) for _, loaded in group]
+
+    def embed(photo: np.ndarray, taken: Timings) -> tuple[Features, Timings]:
         pixels = taken.measure("preprocess", lambda: to_pixels(photo, runner.image_size)[None])
         grid = taken.measure("encode_image", lambda: runner.encode_image(pixels)[0])
         return Features(grid, runner.image_size, *photo.shape[:2]), taken

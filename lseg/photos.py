@@ -16,7 +16,7 @@ from lseg.draw import overlay, panel, shares
 from lseg.errors import UserError
 from lseg.files import write_files
 from lseg.image import decode_image, encode_image, normalise, to_pixels
-from lseg.inference import label_photo
+from lseg.inference import Labelled, label_photos
 from lseg.labels import label_map_files, palette
 from lseg.made_with import made_with, stamped
 from lseg.pipeline import overlapped
@@ -29,6 +29,7 @@ MANY = 20  # photos beyond which a progress bar alone tells of them
 SCORES_A_RUN = 256  # texts scored at once: 236 MB at 480 x 480
 
 Task = tuple[Photo, Path]  # a photo, and what its files begin with
+Group = Sequence[tuple[Task, tuple[np.ndarray, Timings]]]  # photos that are decoded, uint8 [H, W, 3]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Wanted:
         quiet: no progress bar.
         made_with: the digest of what decides the labels, which pictures tell: to resume, one with another is not done.
             Empty: pictures tell nothing, and those that do are not done.
+        batch: photos that the network sees at once, if it sees them whole.
     """
 
     output: Path
@@ -59,6 +61,7 @@ class Wanted:
     resume: bool = False
     quiet: bool = False
     made_with: str = ""
+    batch: int = 1
 
     @property
     def besides(self) -> list[str]:
@@ -136,13 +139,18 @@ def segment_photos(
     colours = palette(names)
     best = wanted.lines is not None
 
-    def work(_: object, loaded: tuple[np.ndarray, Timings]) -> Made:
-        photo, taken = loaded
-        labels, cosines = find_labels(runner, photo, text, vocabulary, wanted.inference, wanted.unknown, taken, best)
-        scores = None
+    def work(group: Group) -> list[Made]:
+        photos, taken = [photo for _, (photo, _) in group], [taken for _, (_, taken) in group]
+        # The network sees them at once: its time goes to the first one's.
+        found = find_labels(runner, photos, text, vocabulary, wanted.inference, wanted.unknown, taken[0], best)
+        scores = [None] * len(group)
         if wanted.scores:
-            scores = taken.measure("similarity", lambda: all_scores(runner, photo, text, vocabulary))
-        return Made(photo, labels, cosines, scores, taken)
+            scores = [
+                each.measure("similarity", lambda photo=photo: all_scores(runner, photo, text, vocabulary))
+                for photo, each in zip(photos, taken, strict=True)
+            ]
+        parts = zip(photos, found, scores, taken, strict=True)
+        return [Made(photo, *labelled, each, times) for photo, labelled, each, times in parts]
 
     def store(task: Task, made: Made) -> tuple[Path, dict, Timings]:
         start = wanted.output / task[1]
@@ -173,32 +181,37 @@ def segment_photos(
         return picture, line, made.taken
 
     with JsonLines(wanted.lines, {photo.shown for photo, _ in tasks} if wanted.resume else None) as lines:
-        return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet, callers=runner.callers)
+        how = {"callers": runner.callers, "group": wanted.batch}
+        return run_tasks(tasks, work, store, lines.write, timings, say, wanted.quiet, **how)
 
 
 def find_labels(
     runner: Runner,
-    photo: np.ndarray,
+    photos: Sequence[np.ndarray],
     text: np.ndarray,
     vocabulary: Vocabulary,
     inference: str,
     unknown: float | None,
     taken: Timings | None = None,
     best: bool = False,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`label_photo`, with synonyms as one label, and -1 where the cosine is below `unknown`, if that is given.
+) -> list[Labelled]:
+    """`label_photos`, with synonyms as one label, and -1 where the cosine is below `unknown`, if that is given.
 
     Returns:
-        integers [H, W]; the cosines float32 [H, W] where they are wanted (`best`) or needed.
+        of each photo integers [H, W], and the cosines float32 [H, W] where they are wanted (`best`) or needed.
     """
-    found, cosines = label_photo(runner, photo, text, inference, taken, best or unknown is not None)
-    labels = vocabulary.to_labels(found)
-    return labels if unknown is None else mark_unknown(labels, cosines, unknown), cosines
+
+    def named(found: np.ndarray, cosines: np.ndarray | None) -> Labelled:
+        labels = vocabulary.to_labels(found)
+        return labels if unknown is None else mark_unknown(labels, cosines, unknown), cosines
+
+    found = label_photos(runner, photos, text, inference, taken, best or unknown is not None)
+    return [named(*each) for each in found]
 
 
 def run_tasks(
     tasks: Sequence[Task],
-    work: Callable[[Task, tuple[np.ndarray, Timings]], Any],
+    work: Callable[[Group], Sequence[Any]],
     store: Callable[[Task, Any], tuple[Path, Any, Timings]],
     finish: Callable[[Any], object],
     timings: Timings,
@@ -206,12 +219,13 @@ def run_tasks(
     quiet: bool = False,
     check: Callable[[np.ndarray], object] = lambda photo: None,
     callers: int = 1,
+    group: int = 1,
 ) -> int:
     """Decodes photos, does `work` with each, stores what it gives, and tells of it; returns how many were bad.
 
     Args:
         tasks: the photos.
-        work: called in turn with each photo, uint8 [H, W, 3], and its timings.
+        work: called in turn with a group of photos, uint8 [H, W, 3], and their timings; gives as many results.
         store: called in threads with what `work` gave; gives a path to tell of, what `finish` takes, and the timings.
         finish: called here after each photo is stored.
         timings: to which each photo's are added.
@@ -219,6 +233,7 @@ def run_tasks(
         quiet: no progress bar.
         check: raises UserError for a photo that is to be left out.
         callers: threads that `work`; one is this thread.
+        group: photos of a group.
 
     Raises:
         UserError: none of the photos could be used; or whatever `work`, `store` and `finish` raise.
@@ -236,7 +251,7 @@ def run_tasks(
     bad = 0
     with tqdm(total=len(tasks), unit="photo", disable=True if quiet or len(tasks) == 1 else None) as bar:
         shown = len(tasks) <= MANY or bar.disable
-        for (photo, _), result in overlapped(tasks, load, work, store, callers=callers):
+        for (photo, _), result in overlapped(tasks, load, work, store, callers=callers, group=group):
             bar.update()
             with bar.external_write_mode():
                 if isinstance(result, UserError):

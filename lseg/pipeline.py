@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,21 +19,23 @@ Stored = TypeVar("Stored")
 def overlapped(
     items: Iterable[Item],
     load: Callable[[Item], Loaded],
-    work: Callable[[Item, Loaded], Made],
+    work: Callable[[list[tuple[Item, Loaded]]], Sequence[Made]],
     store: Callable[[Item, Made], Stored],
     workers: int | None = None,
     callers: int = 1,
+    group: int = 1,
 ) -> Iterator[tuple[Item, Stored | UserError]]:
     """Runs every item through `load`, `work` and `store` in threads, a few items at a time.
 
     Args:
         items: in this order they are loaded and worked on.
         load: reads an item.
-        work: uses the network.
-        store: writes what it gave.
+        work: uses the network, for a group of items; gives as many results.
+        store: writes what it gave of an item.
         workers: threads that load and store; by default one for each of the machine's cores, from 4 to 16.
         callers: threads that `work`; a single one is this thread. With two, one brings its results in order while the
             network serves the other.
+        group: items that are worked on at once; the last group may be of fewer.
 
     Yields:
         each item, in order of its end, with what `store` gave; or with the UserError of `load`: that item is skipped.
@@ -43,7 +45,8 @@ def overlapped(
     """
     workers = workers or min(16, max(4, os.cpu_count() or 4))
     waiting: deque[tuple[Item, Future[Loaded]]] = deque()
-    working: deque[tuple[Item, Future[Made]]] = deque()
+    gathered: list[tuple[Item, Loaded]] = []
+    working: deque[tuple[list[tuple[Item, Loaded]], Future[Sequence[Made]]]] = deque()
     storing: deque[tuple[Item, Future[Stored]]] = deque()
     source = iter(items)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="photos")
@@ -57,17 +60,18 @@ def overlapped(
                 return
             waiting.append((item, pool.submit(load, item)))
 
-    def begin(item: Item, loaded: Loaded) -> Future[Made]:
+    def begin(pairs: list[tuple[Item, Loaded]]) -> Future[Sequence[Made]]:
         if network:
-            return network.submit(work, item, loaded)
-        future: Future[Made] = Future()
-        future.set_result(work(item, loaded))
+            return network.submit(work, pairs)
+        future: Future[Sequence[Made]] = Future()
+        future.set_result(work(pairs))
         return future
 
     def hand_over() -> None:
-        """The first item that is being worked on goes to be stored."""
-        item, made = working.popleft()
-        storing.append((item, pool.submit(store, item, made.result())))
+        """The first group that is being worked on goes to be stored."""
+        pairs, future = working.popleft()
+        for (item, _), made in zip(pairs, future.result(), strict=True):
+            storing.append((item, pool.submit(store, item, made)))
 
     try:
         read_ahead()
@@ -75,14 +79,16 @@ def overlapped(
             item, future = waiting.popleft()
             read_ahead()
             try:
-                loaded = future.result()
+                gathered.append((item, future.result()))
             except UserError as error:
                 yield item, error
+            if len(gathered) < (group if waiting else 1):  # the last group is what there is
                 continue
-            working.append((item, begin(item, loaded)))
+            working.append((gathered, begin(gathered)))
+            gathered = []
             while len(working) >= callers:
                 hand_over()
-            while storing and (len(storing) >= workers or storing[0][1].done()):
+            while storing and (len(storing) >= max(workers, group) or storing[0][1].done()):
                 done, result = storing.popleft()
                 yield done, result.result()
         while working:

@@ -18,7 +18,8 @@ MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 USUAL_LABELS = 8
 TOKEN_MULTIPLE = 8  # a ViT's tokens are padded to a multiple of this where the scores of attention lie in memory
-IMAGE = {1: "image", MAX_BATCH: f"images{MAX_BATCH}"}  # engines of the image encoder, by batch
+# The image encoder's engines, by the images of a run.
+IMAGE = {batch: f"images{batch}" if batch > 1 else "image" for batch in range(1, MAX_BATCH + 1)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Recipe:
         config: the image encoder's sizes, as the exported file's metadata has them.
         precision: "fp32", "tf32", "fp16" or "bf16".
         matmul: "4d", "3d" or "2d", of the image encoder; the text encoder has "4d" for "2d".
+        batch: images a run of the image encoder, always; None: eight or one, as many as there are.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Recipe:
     matmul: str
     optimization_level: int = 3
     heads_per_product: int = 2
+    batch: int | None = None
 
     @property
     def fused(self) -> bool:
@@ -57,10 +60,12 @@ class Recipe:
     @property
     def batches(self) -> tuple[int, ...]:
         """What the image encoder takes at a time, the largest first: the 2-D form one image, others eight as well."""
+        if self.batch:
+            return (self.batch,)
         return (1,) if self.matmul == "2d" else (MAX_BATCH, 1)
 
     def spec(self, name: str) -> EngineSpec:
-        """The spec of an engine: "image" (one at a time), "images8", "dots" or "text"."""
+        """The spec of an engine: "image" (one at a time), "images2" to "images8", "dots" or "text"."""
         file = TEXT_ONNX if name == "text" else IMAGE_ONNX
         extra: dict[str, object] = {"recipe": RECIPE, "token_multiple": self.token_multiple}
         if self.matmul == "2d" and name in IMAGE.values():

@@ -168,6 +168,8 @@ def _notes(report: dict, settings: dict, starred: bool) -> list[str]:
         f"Labels and embeddings: against {report['reference']}, on {_photos(report)}; embeddings off: the length of "
         "the difference over the length, of all pixels' embeddings together."
     ]
+    if settings.get("batch"):
+        notes.append(f"TensorRT's image engine takes {settings['batch']} images a run, and fewer in the same time.")
     if starred:
         notes.append("\\* not stationary: the last quarter of the runs differs by more than 10 % from the first.")
     for row in report["rows"]:

@@ -27,6 +27,14 @@ DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d", "bf16": "4d"}
 GRAPHS = 16 * AT_ONCE  # captured graphs that are kept
 
 
+def check_batch(batch: int | None, matmul: str) -> None:
+    """Raises UserError where no image engine takes so many images a run."""
+    if batch is not None and not 1 <= batch <= MAX_BATCH:
+        raise UserError(f"{batch} images a run cannot be: give 1 to {MAX_BATCH}")
+    if matmul == "2d" and (batch or 1) > 1:
+        raise UserError(f"MatMuls in 2-D take one image a run, not {batch}: leave --batch out, or choose --matmul 4d")
+
+
 class TensorRTRunner:
     """See `lseg.runner.Runner`. Threads may share one: on the GPU their calls take turns, copies of two overlap.
 
@@ -34,7 +42,7 @@ class TensorRTRunner:
         weights: as `--weights`.
         folder: of the exported ONNX files.
         options: the engines' folder, precision ("fp32", "tf32", "fp16"), form of MatMul ("4d", "3d", "2d", or None for
-            the precision's default), optimisation level, and where a line goes when an engine is built.
+            the precision's default), optimisation level, where a line goes when an engine is built, and images a run.
         text_onnx: another CLIP text encoder, run by ONNX Runtime.
         cuda_graphs: capture each pair of shapes once and launch it as a whole.
 
@@ -56,9 +64,12 @@ class TensorRTRunner:
             raise UserError("no GPU is there, or its driver does not answer: choose --backend onnxruntime or torch")
         trt = import_tensorrt()
         precision, matmul = options.precision, options.matmul or DEFAULT_MATMUL[options.precision]
+        check_batch(options.batch, matmul)
         self.use_graphs = cuda_graphs
         digest, metadata = checked_image(folder, weights)
-        recipe = Recipe(folder, metadata["image_config"], precision, matmul, options.optimization_level)
+        recipe = Recipe(
+            folder, metadata["image_config"], precision, matmul, options.optimization_level, batch=options.batch
+        )
         self.image_size: int = recipe.config["image_size"]
         self.text_session = self.text_encoder = None
         if text_onnx:

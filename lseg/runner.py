@@ -217,13 +217,19 @@ def choose_backend(backend: str) -> str:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What only the TensorRT backend takes: see `lseg.run_tensorrt.TensorRTRunner`."""
+    """What only the TensorRT backend takes: see `lseg.run_tensorrt.TensorRTRunner`.
+
+    Attributes:
+        batch: images a run of the image encoder, for which one engine is built, 1 to 8; fewer take as long. None: an
+            engine for eight where there are as many, and one for single images.
+    """
 
     folder: Path = Path("engines")
     precision: str = "fp16"
     matmul: str | None = None
     optimization_level: int = 3
     say: Callable[[str], object] = print
+    batch: int | None = None
 
 
 def open_runner(

@@ -12,9 +12,10 @@ import numpy as np
 from lseg.errors import UserError
 from lseg.features import Features
 from lseg.image import read_image, to_pixels
-from lseg.inference import label_photo
+from lseg.inference import label_photos
 from lseg.labels import parse_labels
 from lseg.opening import ROOT, Model, open_backend
+from lseg.recipes import MAX_BATCH
 from lseg.runner import EngineOptions
 from lseg.text_cache import FILE, TextCache
 from lseg.tokenizer import Tokenizer
@@ -49,6 +50,8 @@ class Segmenter:
         precision: of TensorRT: "fp32", "tf32", "fp16" or "bf16".
         matmul: TensorRT's form of attention's products: "4d", "3d" or "2d".
         text_onnx: another CLIP text encoder as ONNX.
+        batch: images that TensorRT's image encoder takes a run, 1 to 8: one engine, for so many cameras, say. By
+            default there is one for single images, and one for eight where there are as many.
         say: takes the lines that tell of exports and of engines that are built; none are told by default.
 
     Raises:
@@ -65,11 +68,13 @@ class Segmenter:
         precision: str = "fp16",
         matmul: str | None = None,
         text_onnx: str | Path | None = None,
+        batch: int | None = None,
         say: Callable[[str], object] | None = None,
     ):
         model = Model(str(weights), Path(onnx), Path(text_onnx) if text_onnx else None, quiet=say is None)
         say = say or (lambda _: None)
-        self.runner = open_backend(backend, model, EngineOptions(Path(engines), precision, matmul, say=say), say)
+        options = EngineOptions(Path(engines), precision, matmul, say=say, batch=batch)
+        self.runner = open_backend(backend, model, options, say)
         self._cache = TextCache(Path(onnx) / FILE, self.runner.text_encoder)
         self._tokenize = Tokenizer()
         self._texts: dict[tuple[str, ...], np.ndarray] = {}
@@ -117,8 +122,28 @@ class Segmenter:
         Raises:
             UserError: the photo cannot be read, or there is no such mode.
         """
+        return self.segment_batch([photo], words, inference)[0]
+
+    def segment_batch(
+        self, photos: Sequence[str | Path | np.ndarray], words: Sequence[str] | np.ndarray, inference: str = "whole"
+    ) -> list[LabelMap]:
+        """`segment` of several photos, such as a robot's cameras at one moment: the network sees up to 8 at once.
+
+        For a fixed number of cameras, open with `batch` set to it.
+
+        Args:
+            photos: files, or uint8 [H, W, 3], RGB, each of its own size.
+
+        Raises:
+            UserError: a photo cannot be read, or there is no such mode.
+        """
+        if isinstance(photos, str | Path) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
+            raise UserError("the photos are one photo: give a list, or use segment")
         text = self._checked(words) if isinstance(words, np.ndarray) else self.embed(words)
-        return LabelMap(*label_photo(self.runner, _pixels(photo), text.astype(np.float32, copy=False), inference))
+        text = text.astype(np.float32, copy=False)
+        pixels = [_pixels(photo) for photo in photos]
+        groups = [pixels[start : start + MAX_BATCH] for start in range(0, len(pixels), MAX_BATCH)]
+        return [LabelMap(*each) for group in groups for each in label_photos(self.runner, group, text, inference)]
 
     def features(self, photo: str | Path | np.ndarray) -> Features:
         """A photo's pixel embeddings, in host memory: see `lseg.features.Features` for what it gives.

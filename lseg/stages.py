@@ -58,12 +58,21 @@ class Stages:
             raise
 
     def batches(self, count: int) -> Iterator[slice]:
-        """Images in the runs that the image encoder takes: as many eights as there are, the rest one by one."""
+        """Images in the runs that the image encoder takes: as many full ones as there are, the largest first.
+
+        The last may be less than full; by default it is not, as one image fills a run.
+        """
         start = 0
         for batch in self.recipe.batches:
             while count - start >= batch:
                 yield slice(start, start + batch)
                 start += batch
+        if start < count:
+            yield slice(start, count)
+
+    def image_engine(self, count: int) -> str:
+        """The name of the engine that so many images, of one of the `batches`, go to."""
+        return IMAGE[self._run(count)]
 
     def buffer(self, name: str, count: int, dtype: np.dtype | type = np.float32, host: bool = False) -> Buffer:
         """A buffer of at least `count` elements. One that is too small is replaced; what it held is lost."""
@@ -95,10 +104,13 @@ class Stages:
         self._images(len(images)).write(self.stream, images)
 
     def encode(self, batch: int) -> None:
-        """The encoder's input to z and to one over the lengths of its embeddings."""
+        """The encoder's input to z and to one over the lengths of its embeddings.
+
+        A run that is not full takes what lies behind its images for more of them.
+        """
         images, z = self._images(batch), self._z(batch)
-        engine = self.engine(IMAGE[batch])
-        shape = (batch, 3, self.size, self.size)
+        engine = self.engine(self.image_engine(batch))
+        shape = (self._run(batch), 3, self.size, self.size)
         engine.enqueue(engine.bind({"image": shape}, {"image": images.address, "z": z.address}))
         sums = self.buffer("sums", self.kernels.sums_size(batch))
         self.kernels.inverse_lengths(z.address, sums.address, self._inverse(batch).address, batch)
@@ -110,8 +122,9 @@ class Stages:
     def dots(self, batch: int, text: int, texts: int) -> int:
         """z and texts float32 [N, D], N up to 256, at an address to their products, whose address is returned."""
         engine, side = self.engine("dots"), self.recipe.side
-        result = self.buffer("dots", batch * LABELS_A_PASS * side**2, self.dtype)
-        shapes = {"z": (batch, self.dimension, side, side), "text": (texts, self.dimension)}
+        run = self._run(batch)
+        result = self.buffer("dots", run * LABELS_A_PASS * side**2, self.dtype)
+        shapes = {"z": (run, self.dimension, side, side), "text": (texts, self.dimension)}
         addresses = {"z": self._z(batch).address, "text": text, "dots": result.address}
         engine.enqueue(engine.bind(shapes, addresses))
         return result.address
@@ -176,11 +189,15 @@ class Stages:
         buffer.put(self.stream, values)
         return buffer.address
 
+    def _run(self, count: int) -> int:
+        """The images of the smallest run that holds so many."""
+        return min(batch for batch in self.recipe.batches if batch >= count)
+
     def _images(self, batch: int) -> Buffer:
-        return self.buffer("images", batch * 3 * self.size**2, host=True)
+        return self.buffer("images", self._run(batch) * 3 * self.size**2, host=True)
 
     def _z(self, batch: int) -> Buffer:
-        return self.buffer("z", batch * self.dimension * self.recipe.side**2, self.dtype)
+        return self.buffer("z", self._run(batch) * self.dimension * self.recipe.side**2, self.dtype)
 
     def _inverse(self, batch: int) -> Buffer:
         return self.buffer("inverse", batch * self.wide**2)

@@ -95,9 +95,14 @@ def choose_variants(text: str) -> list[Variant]:
 
 
 def open_variant(
-    variant: Variant, weights: str, onnx_folder: Path, engines: Path, say: Callable[[str], object] = print
+    variant: Variant,
+    weights: str,
+    onnx_folder: Path,
+    engines: Path,
+    say: Callable[[str], object] = print,
+    batch: int | None = None,
 ) -> Runner:
-    """Opens it; see `lseg.runner.open_runner` for the arguments and errors."""
+    """Opens it; see `lseg.runner.open_runner` and `EngineOptions` for the arguments and errors."""
     if variant.backend == "torch":
         from lseg.run_torch import TorchRunner
 
@@ -108,7 +113,8 @@ def open_variant(
         return OnnxRuntimeRunner(weights, onnx_folder, device=variant.device)
     from lseg.run_tensorrt import TensorRTRunner
 
-    return TensorRTRunner(weights, onnx_folder, EngineOptions(engines, variant.precision, variant.matmul, say=say))
+    options = EngineOptions(engines, variant.precision, variant.matmul, say=say, batch=batch)
+    return TensorRTRunner(weights, onnx_folder, options)
 
 
 def _onnxruntime_has_cuda() -> bool:

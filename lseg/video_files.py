@@ -57,7 +57,7 @@ def segment_to_files(
     output = wanted.output / f"{name}_lseg.mp4"
 
     def segment(frame: np.ndarray) -> np.ndarray:
-        return find_labels(runner, frame, text, vocabulary, wanted.inference, wanted.unknown)[0]
+        return find_labels(runner, [frame], text, vocabulary, wanted.inference, wanted.unknown)[0][0]
 
     def keep(index: int, _: np.ndarray, labels: np.ndarray) -> None:
         path = wanted.output / f"{name}_labels" / f"{index:06}.png"

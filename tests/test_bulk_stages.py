@@ -31,7 +31,7 @@ class Runner:
 
     identity, callers = Identity("a stand-in", "CPU"), 2
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
         self.lock, self.inside, self.most = threading.Lock(), 0, 0
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:

@@ -287,6 +287,26 @@ class TestPhotos:
         assert order == [str(short(path)) for path in (two, tmp_path / "photos/a.jpg", tmp_path / "photos/b.png", one)]
         assert out[-2].startswith("milliseconds in all for 4 photos: decode ")
 
+    @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+    def test_a_batch(self, tmp_path, segment, seed, backend):
+        """Photos that the network sees three at a time, one of them bad, and a rest: the files are the same."""
+        for index, size in enumerate([(90, 70), (64, 64), (31, 80)] * 3):
+            save(tmp_path / "in" / f"{index}.png", seed + index, size)
+        (tmp_path / "in" / "4.png").write_text("no photo")
+        for name, options in (("alone", []), ("batches", ["--batch", "3"])):
+            out = tmp_path / name
+            more = ["--backend", backend, "--output", out, "--save-labels", "--jsonl", out / "lines.jsonl"]
+            code, lines, err = segment(tmp_path / "in", *more, *options)
+            assert code == 2 and len(err) == 2 and "4.png" in err[0]
+            told = [line.split(" -> ")[0][-5:] for line in lines if " -> " in line]
+            assert told == [f"{n}.png" for n in range(9) if n != 4]
+        alone, batches = tmp_path / "alone", tmp_path / "batches"
+        assert names(alone) == names(batches)
+        for file in alone.glob("*_labels.png"):
+            assert (read_map(file) == read_map(batches / file.name)).mean() > 0.999
+        first, second = ((out / "lines.jsonl").read_text().splitlines() for out in (alone, batches))
+        assert [json.loads(line)["photo"] for line in first] == [json.loads(line)["photo"] for line in second]
+
     def test_one_name_in_two_folders(self, tmp_path, segment, seed):
         """Numbered in the order given; each picture is of its own photo."""
         paths = [save(tmp_path / folder / "x.png", seed + n, (90 + n, 70)) for n, folder in enumerate("abc")]

@@ -42,8 +42,8 @@ def opened(driver, tiny, tmp_path):
     """Opens the backend; afterwards, every byte that it took must be free."""
     runners = []
 
-    def open_it(precision: str = "fp32", matmul: str = "4d", **more: object) -> TensorRTRunner:
-        runners.append(TensorRTRunner(*tiny, EngineOptions(tmp_path, precision, matmul), **more))
+    def open_it(precision: str = "fp32", matmul: str = "4d", batch: int | None = None) -> TensorRTRunner:
+        runners.append(TensorRTRunner(*tiny, EngineOptions(tmp_path, precision, matmul, batch=batch)))
         return runners[-1]
 
     yield open_it
@@ -80,12 +80,44 @@ def test_eight_at_a_time_and_the_rest_alone(opened, seed):
     rng, runner = np.random.default_rng(seed), opened()
     for count in (8, 5):
         runner.segment(*draw(rng, count, 3))
-    batches = {name: [run["image"][0] for run in runner.stages._engines[name].runs] for name in IMAGE.values()}
-    assert batches == {"images8": [8], "image": [1] * 5}
+    assert image_runs(runner) == {"images8": [8], "image": [1] * 5}
     with pytest.raises(UserError, match="9 images are more than the 8"):
         runner.segment(*draw(rng, 9, 3))
     with pytest.raises(UserError, match="do not fit"):
         runner.segment(np.zeros((1, 32, 64, 3), np.uint8), draw(rng, 1, 3)[1])
+
+
+def image_runs(runner: TensorRTRunner) -> dict[str, list[int]]:
+    """Of each image engine that was loaded, how many images it was given a run."""
+    engines = runner.stages._engines
+    return {name: [run["image"][0] for run in engines[name].runs] for name in IMAGE.values() if name in engines}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_batch_of_its_own(opened, torch_runner, seed, precision, batch):
+    """One engine takes every number of images, of which the last run may have less than it holds."""
+    rng, runner = np.random.default_rng(seed), opened(precision, batch=batch)
+    bound, most = (EXACT, 0.999) if precision == "fp32" else (HALF, 0.9)
+    for count, labels in ((batch, 8), (1, 8), (8, 3), (2, 300)):
+        pixels, text = draw(rng, count, labels)
+        wanted, found = torch_runner.segment(pixels, text), runner.segment(pixels, text, best=True)
+        assert np.abs(found.best - wanted.best).max() <= bound
+        assert (found.labels == wanted.labels).mean() >= most
+        embeddings, vectors = torch_runner.encode_image(pixels), runner.encode_image(pixels)
+        assert np.linalg.norm(vectors - embeddings) / np.linalg.norm(embeddings) <= bound
+    photo = rng.integers(0, 256, (97, 140, 3), dtype=np.uint8)
+    wanted, found = (label_photo(each, photo, text, "window", best=False)[0] for each in (torch_runner, runner))
+    assert (found == wanted).mean() >= most
+    assert set(sum(image_runs(runner).values(), [])) == {batch} and len(image_runs(runner)) == 1
+
+
+def test_a_batch_that_cannot_be(opened):
+    for batch in (0, 9, -1):
+        with pytest.raises(UserError, match=f"{batch} images a run cannot be: give 1 to 8"):
+            opened(batch=batch)
+    with pytest.raises(UserError, match="in 2-D take one image a run, not 2: leave --batch out"):
+        opened(matmul="2d", batch=2)
 
 
 def test_graphs_survive_buffers_that_move(opened, torch_runner, seed):

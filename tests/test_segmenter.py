@@ -81,6 +81,27 @@ class TestSegmenter:
             found = list(pool.map(lambda i: lseg.segment(images[i % 4], LABELS).labels, range(40)))
         assert all(np.array_equal(found[i], alone[i % 4]) for i in range(40))
 
+    def test_a_batch(self, lseg, tmp_path, seed):
+        """Photos of several sizes at once, more than the network takes a call: each as it is alone."""
+        sizes = [(90, 70), (40, 64), (64, 64)] * 3 + [(17, 31)]
+        photos = [save(tmp_path / f"{i}.png", seed + i, size) for i, size in enumerate(sizes)]
+        mixed = [photos[0], *(read_image(photo) for photo in photos[1:])]
+        for inference in ("whole", "window"):
+            found = lseg.segment_batch(mixed, LABELS, inference)
+            assert len(found) == len(photos)
+            for photo, each in zip(photos, found, strict=True):
+                alone = lseg.segment(photo, LABELS, inference)
+                assert each.labels.shape == each.cosines.shape == alone.labels.shape
+                assert (each.labels == alone.labels).mean() > 0.999
+                assert np.abs(each.cosines - alone.cosines).max() < 1e-5
+        assert lseg.segment_batch([], LABELS) == []
+        with pytest.raises(UserError, match="the photos are one photo: give a list, or use segment"):
+            lseg.segment_batch(photos[0], LABELS)
+        with pytest.raises(UserError, match="the photos are one photo"):
+            lseg.segment_batch(mixed[1], LABELS)
+        with pytest.raises(UserError, match="none.jpg"):
+            lseg.segment_batch([photos[0], "none.jpg"], LABELS)
+
     def test_what_cannot_be(self, lseg, photo):
         with pytest.raises(UserError, match=r"one string: give a list, such as \['cat', 'dog'\]"):
             lseg.segment(photo, "cat, dog")

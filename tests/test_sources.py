@@ -177,9 +177,9 @@ class TestOverlap:
 
         main = threading.get_ident()
 
-        def work(item: int, loaded: int) -> int:
+        def work(pairs: list[tuple[int, int]]) -> list[int]:
             assert threading.get_ident() == main
-            return loaded + item
+            return [loaded + item for item, loaded in pairs]
 
         found = list(overlapped(range(20), load, work, lambda item, made: (item, made)))
         assert found == [(n, (n, 11 * n)) for n in range(20)] and most[0] > 1
@@ -187,23 +187,48 @@ class TestOverlap:
     def test_two_callers_work_at_a_time_and_order_stays(self):
         at_work, most = [], [0]
 
-        def work(item: int, loaded: int) -> int:
+        def work(pairs: list[tuple[int, int]]) -> list[int]:
+            ((item, loaded),) = pairs
             at_work.append(item)
             most[0] = max(most[0], len(at_work))
             time.sleep(0.01 * (item % 3))
             at_work.remove(item)
-            return loaded + item
+            return [loaded + item]
 
         found = list(overlapped(range(20), lambda item: item, work, lambda item, made: made, callers=2))
         assert found == [(n, 2 * n) for n in range(20)] and most[0] == 2
 
-    def test_a_bad_item_is_skipped(self):
+    @pytest.mark.parametrize("callers, group, count", [(1, 4, 12), (1, 4, 13), (3, 8, 30), (2, 8, 5), (2, 3, 0)])
+    def test_groups(self, callers, group, count):
+        """Of as many as there are, without those that are bad; the last may be smaller."""
+        worked = []
+
+        def load(item: int) -> int:
+            if item % 5 == 2:
+                raise UserError("bad")
+            return item
+
+        def work(pairs: list[tuple[int, int]]) -> list[int]:
+            worked.append(pairs)
+            return [10 * loaded for _, loaded in pairs]
+
+        found = dict(overlapped(range(count), load, work, lambda _, made: made, callers=callers, group=group))
+        good = [item for item in range(count) if item % 5 != 2]
+        assert {item: result for item, result in found.items() if not isinstance(result, UserError)} == {
+            item: 10 * item for item in good
+        }
+        assert len(found) == count
+        assert sorted(map(len, worked), reverse=True)[: len(good) // group] == [group] * (len(good) // group)
+        assert len(worked) == -(-len(good) // group)
+
+    @pytest.mark.parametrize("group", [1, 3])
+    def test_a_bad_item_is_skipped(self, group):
         def load(item: int) -> int:
             if item % 3 == 1:
                 raise UserError(f"{item} is bad")
             return item
 
-        found = dict(overlapped(range(7), load, lambda _, x: x, lambda _, x: x))
+        found = dict(overlapped(range(7), load, lambda pairs: [x for _, x in pairs], lambda _, x: x, group=group))
         assert {item: str(result) for item, result in found.items() if item % 3 == 1} == {1: "1 is bad", 4: "4 is bad"}
         assert [result for result in found.values() if not isinstance(result, UserError)] == [0, 2, 3, 5, 6]
 
@@ -212,9 +237,10 @@ class TestOverlap:
     def test_a_failure_ends_it_and_what_was_begun_is_finished(self, step, callers):
         stored, begun = [], []
 
-        def fail(name: str, item: int) -> None:
+        def fail(name: str, item: int, *_: int) -> list[None]:
             if name == step and item == 3:
                 raise RuntimeError("no")
+            return [None]
 
         def store(item: int, made: int) -> None:
             begun.append(item)
@@ -224,7 +250,7 @@ class TestOverlap:
 
         with pytest.raises(RuntimeError, match="no"):
             for _ in overlapped(
-                range(50), lambda item: item, lambda item, x: fail("work", item), store, callers=callers
+                range(50), lambda item: item, lambda pairs: fail("work", *pairs[0]), store, callers=callers
             ):
                 pass
         assert sorted(stored) == sorted(set(begun) - ({3} if step == "store" else set())) and len(begun) < 20
@@ -232,5 +258,10 @@ class TestOverlap:
     def test_memory_is_bounded(self):
         """However slow the work is, only a few items are loaded."""
         loaded, worked = [], []
-        for item, _ in overlapped(range(60), loaded.append, lambda item, _: worked.append(item), lambda *_: None):
+
+        def work(pairs: list[tuple[int, None]]) -> list[None]:
+            worked.extend(pairs)
+            return [None] * len(pairs)
+
+        for item, _ in overlapped(range(60), loaded.append, work, lambda *_: None):
             assert len(loaded) - len(worked) <= 6, item

@@ -109,6 +109,7 @@ def test_ctrl_c_leaves_a_file_that_plays(tiny, tmp_path, seed):
         (["--video", "text.mp4"], "text.mp4"),
         (["--video", "good.mp4", "--frames", "0"], "--frames 0 cannot be: give 1 or more"),
         (["--video", "good.mp4", "--jsonl", "x"], "--jsonl is for photos, not for --video: leave one out"),
+        (["--video", "good.mp4", "--batch", "2"], "--batch is for photos, not for --video: leave one out"),
         (["--video", "good.mp4", "--save-scores"], "--save-scores is for photos, not for --video: leave one out"),
         (["--video", "good.mp4", "--points", "none"], "--points is for photos, not for --video: leave one out"),
         (["--video", "good.mp4", "--unknown", "2"], "--unknown 2.0 is no cosine"),

@@ -3,8 +3,8 @@
     python tests/bench/folder.py FOLDER OUTPUT.json [--count 500] [--onnx FOLDER --weights FILE ...]
 
 Photos go round until there are as many as asked for. The encoder is busy for the median time that it and the scoring
-take alone, from uint8 pixels to labels, times the photos, over the time of the whole run; the engines' loading and the
-texts' embedding are left out.
+take alone, from uint8 pixels to labels, for each photo of a batch, times the photos, over the time of the whole run;
+the engines' loading and the texts' embedding are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--batch", type=int, default=1, help="photos a run of the network")
     parser.add_argument("--weights", default="demo")
     parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
     parser.add_argument("--engines", type=Path, default=ROOT / "engines")
@@ -49,23 +50,26 @@ def main(args: argparse.Namespace) -> None:
 
     labels = parse_labels(LABELS)
     photos = list_photos([str(args.folder)])[0]
-    options = EngineOptions(args.engines, args.precision)
-    report = {"machine": machine(), "weights": Path(args.weights).stem, "photos": args.count, "runs": []}
+    options = EngineOptions(args.engines, args.precision, batch=args.batch)
+    report = {"machine": machine(), "weights": Path(args.weights).stem, "photos": args.count}
+    report |= {"batch": args.batch, "runs": []}
     with open_runner(args.backend, args.weights, args.onnx, engines=options) as runner:
         report["backend"] = str(runner.identity)
         text = runner.encode_text(Tokenizer()(labels.names))
         vocabulary = Vocabulary.of(labels)
-        pixels = to_pixels(read_image(photos[0].shown), runner.image_size)[None]
+        pixels = np.repeat(to_pixels(read_image(photos[0].shown), runner.image_size)[None], args.batch, axis=0)
         alone = [runner.segment(pixels, text).timings.milliseconds for _ in range(60)]
-        median = float(np.median([sum(each.values()) for each in alone[10:]]))
+        median = float(np.median([sum(each.values()) for each in alone[10:]])) / args.batch
         report["encoder_alone_ms"] = median
         for overlap in (True, False, True):
             with tempfile.TemporaryDirectory() as folder:
                 tasks = [(photos[i % len(photos)], Path(f"{i:05d}")) for i in range(args.count)]
                 timings = Timings()
                 start = time.perf_counter()
-                for group in [tasks] if overlap else [[task] for task in tasks]:
-                    segment_photos(group, runner, text, vocabulary, Wanted(Path(folder), quiet=True), timings, str)
+                wanted = Wanted(Path(folder), quiet=True, batch=args.batch)
+                step = args.count if overlap else args.batch
+                for first in range(0, args.count, step):
+                    segment_photos(tasks[first : first + step], runner, text, vocabulary, wanted, timings, str)
                 seconds = time.perf_counter() - start
             run = {"overlap": overlap, "seconds": seconds, "photos_per_second": args.count / seconds}
             run |= {"encoder_busy_percent": args.count * median / seconds / 10}

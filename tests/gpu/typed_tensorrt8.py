@@ -7,7 +7,8 @@ graph in float32. Here each layer of an 8.6 network is given the types that ONNX
 the builder is told to prefer them. Figures taken so carry the version "8.6.0+typed". But 8.6 fuses attention only where
 no layer has a type of its own: with LSEG_TYPES=free in the environment the builder chooses each layer's, float16 or
 float32 ("8.6.0+free"). Products whose operands are cast to float32, which TensorRT 10 makes float16 kernels of that add
-up in float32, would run in float32 here: the casts are taken out, and 8.6 adds up as it likes. Nothing else of 8.6 is
+up in float32, would run in float32 here: the casts are taken out, and 8.6 adds up as it likes. With LSEG_TYPES=float32
+they stay, and those products are slow but computed as TensorRT 10's are: "8.6.0+float32". Nothing else of 8.6 is
 hidden; explicit batches and the progress monitor must be bridged elsewhere.
 """
 
@@ -83,8 +84,12 @@ def with_types(trt, network, types: dict[str, str | None]):
         yield layer, known.get(name)
 
 
-def bridge(trt, typed: bool) -> None:
-    """Types the networks of the installed TensorRT as their files say, or lets its builder. One network at a time."""
+def bridge(trt, kind: str) -> None:
+    """Types the networks of the installed TensorRT as their files say, or lets its builder. One network at a time.
+
+    `kind`: "typed", "free" or "float32", as LSEG_TYPES.
+    """
+    typed = kind != "free"
     create, build, parse = (
         trt.Builder.create_network,
         trt.Builder.build_serialized_network,
@@ -99,7 +104,7 @@ def bridge(trt, typed: bool) -> None:
         import onnx
 
         model = onnx.load(path)
-        if plain_products(model):
+        if kind != "float32" and plain_products(model):
             onnx.save(model, path)  # a temporary file of the build's
         types.clear()
         types.update(onnx_types(path))
@@ -113,7 +118,7 @@ def bridge(trt, typed: bool) -> None:
                 print("layers by type:", dict(type_layers(trt, network, types)), flush=True)
         return build(self, network, config)
 
-    trt.__version__ += "+typed" if typed else "+free"  # in every figure, engine's name and sidecar
+    trt.__version__ += f"+{kind}"  # in every figure, engine's name and sidecar
     trt.OnnxParser.parse_from_file = parse_from_file
     trt.Builder.create_network = create_network
     trt.Builder.build_serialized_network = build_serialized_network
@@ -124,7 +129,7 @@ if __name__ == "__main__":
 
     version = getattr(tensorrt, "__version__", "10")  # stubs have none
     if int(version.split(".")[0]) < 10 and "+" not in version:
-        bridge(tensorrt, typed=os.environ.get("LSEG_TYPES") != "free")
+        bridge(tensorrt, os.environ.get("LSEG_TYPES", "typed"))
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(sys.argv[0], run_name="__main__")
