@@ -193,7 +193,7 @@ def _throughput_note(report: dict) -> str:
     callers = sorted({each["callers"] for each in found})
     if not found:
         return ""
-    return f"images/s: the same with calls of {' or '.join(map(str, callers))} threads at once. "
+    return f"images/s: the same in calls by as many threads as keep a backend busy: {' or '.join(map(str, callers))}. "
 
 
 def _photos(report: dict) -> str:

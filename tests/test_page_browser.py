@@ -127,7 +127,8 @@ class TestVisit:
         example(tab)
         colours = dict(zip(LABELS, palette(LABELS), strict=True))
         assert legend(tab) == {name: f"rgb({r}, {g}, {b})" for name, (r, g, b) in colours.items()}
-        assert shown_colour(tab, "#viewer .map", 0.8, 0.1) == colours["sky"].tolist()
+        # The screen's own rounding may differ by one.
+        assert np.abs(shown_colour(tab, "#viewer .map", 0.8, 0.1) - colours["sky"].astype(int)).max() <= 1
         ran = tab.inner_text("#viewer .ran")
         assert re.match(r"ONNX Runtime .*\(CPU\), fp32; weights: demo; inference: whole\. Milliseconds: decode \d", ran)
         assert "kept" not in ran
