@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--matmul", choices=("4d", "3d", "2d"), help="form of attention's products (default: 4d)")
     engine.add_argument("--opt-level", type=int, default=3, choices=range(6), help="the builder's effort (default: 3)")
     engine.add_argument(
-        "--batch", type=int, choices=range(1, 9), metavar="N", help="photos a run of the network, 1 to 8 (default: 1)"
+        "--batch", type=int, choices=range(1, 9), metavar="N", help="photos, or windows, a run of the network, 1 to 8"
     )
     engine.add_argument(
         "--engines", type=short, default=str(ROOT / "engines"), metavar="DIR", help="folder of the engines (engines/)"

@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--address", metavar="A", help="a cluster: 'auto' on one of its machines, or HOST:PORT")
     where.add_argument("--actors", type=int, metavar="N", help="networks at once (default: one a GPU, else a machine)")
-    where.add_argument("--batch", type=int, metavar="N", help="images a run (default: 8 on a GPU, 1 on a CPU)")
+    where.add_argument("--batch", type=int, metavar="N", help="images a run, 1 to 8 (default: 8 on a GPU, 1 on a CPU)")
     where.add_argument("--part", type=int, metavar="N", help="images a part (default: 32; 8 with --features)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser.parse_args(argv)
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
             parts = into_parts(left, args.part or (FEATURE_PART if args.features else PART))
             what = "GPU" if where.gpus else "CPU"
             work = f"{counted(len(left), 'image')} in {counted(len(parts), 'part')}"
-            say(f"{work}, {where.actors} on a {what} at a time")
+            say(f"{work}, by {counted(where.actors, 'network')} on a {what}")
             start, bad = time.perf_counter(), 0
             found = run_parts(parts, engines_of(args, model, where.threads), wanted, text, where, args.quiet, stages)
             for _, sentences in found:
@@ -122,14 +122,16 @@ def main(args: argparse.Namespace, stages: Stages | None = None) -> int:
 def check_options(args: argparse.Namespace) -> None:
     """Refuses numbers that cannot be, and options that would have no effect."""
     from lseg.options import check_unknown
+    from lseg.recipes import check_batch
 
-    for name in ("features", "actors", "batch", "part"):
+    for name in ("features", "actors", "part"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} cannot be: give 1 or more")
+    check_batch(args.batch)
     check_unknown(args.unknown)
     if args.features:
-        for name in ("save_labels", "rle", "unknown", "labels_file"):
+        for name in ("save_labels", "rle", "unknown", "labels_file", "batch"):
             if getattr(args, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} has no meaning beside --features: leave one out")
 

@@ -143,12 +143,16 @@ def measure(args: argparse.Namespace) -> dict:
     from lseg.labels import parse_labels, read_labels_file
     from lseg.measure import Bench, Plan
     from lseg.opening import Model, export_missing
+    from lseg.recipes import check_batch
     from lseg.report import FORMAT
     from lseg.tensorfile import sha256, sha256_once
     from lseg.tokenizer import Tokenizer
     from lseg.weights import resolve
 
+    check_batch(args.batch)
     chosen = variants.choose_variants(args.backends)
+    if args.batch and not any(variant.backend == "tensorrt" for variant in chosen):
+        raise UserError("--batch is of TensorRT's engines, and none are measured: leave it out, or see --backends")
     cases = parse_cases(args.cases)
     mode = {"official": "multiscale"}.get(args.evaluation, args.evaluation)
     for name, value, least in (("--runs", args.runs, 1), ("--warmup", args.warmup, 0), ("--limit", args.limit, 1)):

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lseg.errors import UserError
     from lseg.segmenter import LabelMap, Segmenter
 
 # ONNX Runtime (1.31 and 1.32, for two) counts its uses and keeps an identifier in the home folder, unless told before
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["LabelMap", "Segmenter"]
+__all__ = ["LabelMap", "Segmenter", "UserError"]
 
 
 def __getattr__(name: str) -> object:

@@ -92,7 +92,7 @@ class Engines:
         from lseg.runner import EngineOptions, open_runner
 
         self._limit_threads()
-        batch = 1 if alone else self.batch or (None if self.matmul == "2d" else MAX_BATCH)
+        batch = 1 if alone else None if self.matmul == "2d" else self.batch or MAX_BATCH
         engines = EngineOptions(
             Path(self.folder), self.precision, self.matmul, self.optimization_level, lambda _: None, batch
         )

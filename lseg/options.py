@@ -40,7 +40,8 @@ def check_options(args: Namespace, usual: Namespace) -> None:
         return
     refuse("frames", "is for --video: name that too")
     if args.features:
-        pictures = "batch save_labels save_scores jsonl rle unknown labels labels_file templates text_onnx"
+        refuse("batch", "is for pictures: --features looks at photos one by one: leave one out")
+        pictures = "save_labels save_scores jsonl rle unknown labels labels_file templates text_onnx"
         refuse(pictures, "has no meaning beside --features, which makes no pictures: leave one out")
         if args.inference != "whole":
             raise UserError(f"--features is for photos seen whole, not --inference {args.inference}: leave one out")

@@ -221,7 +221,7 @@ def run_tasks(
     callers: int = 1,
     group: int = 1,
 ) -> int:
-    """Decodes photos, does `work` with each, stores what it gives, and tells of it; returns how many were bad.
+    """Decodes photos, does `work` with groups of them, stores what it gives, and tells of it.
 
     Args:
         tasks: the photos.
@@ -234,6 +234,9 @@ def run_tasks(
         check: raises UserError for a photo that is to be left out.
         callers: threads that `work`; one is this thread.
         group: photos of a group.
+
+    Returns:
+        how many were bad.
 
     Raises:
         UserError: none of the photos could be used; or whatever `work`, `store` and `finish` raise.

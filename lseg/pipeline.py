@@ -33,8 +33,8 @@ def overlapped(
         work: uses the network, for a group of items; gives as many results.
         store: writes what it gave of an item.
         workers: threads that load and store; by default one for each of the machine's cores, from 4 to 16.
-        callers: threads that `work`; a single one is this thread. With two, one brings its results in order while the
-            network serves the other.
+        callers: threads that `work`; a single one is this thread. Of several, some bring their results in order while
+            the network serves another.
         group: items that are worked on at once; the last group may be of fewer.
 
     Yields:

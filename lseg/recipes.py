@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lseg.engine import EngineSpec, Profile
+from lseg.errors import UserError
 from lseg.onnx_file import IMAGE_ONNX, TEXT_ONNX
 from lseg.tensorfile import sha256_once
 
@@ -20,6 +21,14 @@ USUAL_LABELS = 8
 TOKEN_MULTIPLE = 8  # a ViT's tokens are padded to a multiple of this where the scores of attention lie in memory
 # The image encoder's engines, by the images of a run.
 IMAGE = {batch: f"images{batch}" if batch > 1 else "image" for batch in range(1, MAX_BATCH + 1)}
+
+
+def check_batch(batch: int | None, matmul: str | None = None) -> None:
+    """Raises UserError where no image engine takes so many images a run."""
+    if batch is not None and not (isinstance(batch, int) and 1 <= batch <= MAX_BATCH):
+        raise UserError(f"{batch!r} images a run cannot be: give 1 to {MAX_BATCH}")
+    if matmul == "2d" and (batch or 1) > 1:
+        raise UserError(f"MatMuls in 2-D take one image a run, not {batch}: leave --batch out, or choose --matmul 4d")
 
 
 @dataclass(frozen=True)

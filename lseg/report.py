@@ -54,9 +54,19 @@ def load_reports(paths: Sequence[Path]) -> list[dict]:
         twice = [case for row in report["rows"] for case in _measured(row) if case in there]
         if twice:
             raise UserError(f"{path} holds {twice[0][0]}, as another report of the same weights and machine: give one")
+        if gpu:
+            clocks = merged[key]["machine"]["gpu"]
+            clocks["clocks.sm"] = _span(clocks["clocks.sm"], gpu["clocks.sm"])
         merged[key]["rows"] += report["rows"]
         merged[key]["matrix_rate"] |= report["matrix_rate"]
     return list(merged.values())
+
+
+def _span(one: str, other: str) -> str:
+    """Two clocks as one, from the lowest to the highest: each "1980 MHz" or a span already."""
+    numbers = [int(number) for number in re.findall(r"\d{1,9}", f"{one} {other}")] or [0]
+    low, high = min(numbers), max(numbers)
+    return f"{low} MHz" if low == high else f"{low} to {high} MHz"
 
 
 def _is_report(report: object) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from lseg.errors import UserError
 from lseg.gpu_windows import label_windows
 from lseg.loaded_engine import to_float32
 from lseg.onnx_file import checked_image, checked_text
-from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe
+from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe, check_batch
 from lseg.runner import EngineOptions, Identity, Segmentation, Timings
 from lseg.slots import AT_ONCE, Slot, Slots
 from lseg.stages import Stages
@@ -27,16 +29,11 @@ DEFAULT_MATMUL = {"fp32": "4d", "tf32": "4d", "fp16": "4d", "bf16": "4d"}
 GRAPHS = 16 * AT_ONCE  # captured graphs that are kept
 
 
-def check_batch(batch: int | None, matmul: str) -> None:
-    """Raises UserError where no image engine takes so many images a run."""
-    if batch is not None and not 1 <= batch <= MAX_BATCH:
-        raise UserError(f"{batch} images a run cannot be: give 1 to {MAX_BATCH}")
-    if matmul == "2d" and (batch or 1) > 1:
-        raise UserError(f"MatMuls in 2-D take one image a run, not {batch}: leave --batch out, or choose --matmul 4d")
-
-
 class TensorRTRunner:
-    """See `lseg.runner.Runner`. Threads may share one: on the GPU their calls take turns, copies of two overlap.
+    """See `lseg.runner.Runner`. Threads may share one.
+
+    Their calls take turns on the GPU. Of photos seen whole, with up to 256 labels, one call's copies overlap with
+    another's turn; other calls have the runner to themselves.
 
     Args:
         weights: as `--weights`.
@@ -222,10 +219,11 @@ class TensorRTRunner:
                 if best:
                     cosines.download(stages.stream, count)
 
+            start = time.perf_counter()
             slot.begun.record(stages.stream)
             self._launch((slot.index, len(pixels), len(text), best), work, slot)
         # Others may enqueue their work while this call waits for its own, and copies.
-        timings.milliseconds["encode_image"] += slot.milliseconds()
+        timings.milliseconds["encode_image"] += slot.wait(start)
         read = [labels, cosines] if best else [labels]
         found = timings.measure("encode_image", lambda: [each.host[:count].reshape(shape).copy() for each in read])
         return found[0], found[1] if best else None
@@ -284,6 +282,8 @@ class TensorRTRunner:
             if self.device.closed:
                 return
             with self.device:
+                with suppress(self.device.driver.Error):  # a GPU that failed is closed as well
+                    self.stages.stream.synchronize()  # a call that failed may have left work behind
                 self.forget_graphs()
                 for slot in slots:
                     slot.close()

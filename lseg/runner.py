@@ -77,7 +77,7 @@ class Runner(Protocol):
         identity: the library, device and arithmetic; as a string for the user.
         image_size: S, the side of the network's square input.
         text_encoder: tells text encoders apart, for keeping their embeddings; None where they must not be kept.
-        callers: threads that it takes to keep it busy: two, where it waits for a GPU while one of them works on.
+        callers: threads that it takes to keep it busy: several, where one waits for a GPU while others go on.
     """
 
     identity: Identity

@@ -16,7 +16,7 @@ from lseg.inference import label_photos
 from lseg.labels import parse_labels
 from lseg.opening import ROOT, Model, open_backend
 from lseg.recipes import MAX_BATCH
-from lseg.runner import EngineOptions
+from lseg.runner import EngineOptions, Runner
 from lseg.text_cache import FILE, TextCache
 from lseg.tokenizer import Tokenizer
 from lseg.vocabulary import embed_texts, load_templates
@@ -50,8 +50,8 @@ class Segmenter:
         precision: of TensorRT: "fp32", "tf32", "fp16" or "bf16".
         matmul: TensorRT's form of attention's products: "4d", "3d" or "2d".
         text_onnx: another CLIP text encoder as ONNX.
-        batch: images that TensorRT's image encoder takes a run, 1 to 8: one engine, for so many cameras, say. By
-            default there is one for single images, and one for eight where there are as many.
+        batch: photos that the network sees at once, 1 to 8. On TensorRT one engine is built for so many, and fewer take
+            as long; by default there is one for single photos, and one for eight where there are as many.
         say: takes the lines that tell of exports and of engines that are built; none are told by default.
 
     Raises:
@@ -74,11 +74,19 @@ class Segmenter:
         model = Model(str(weights), Path(onnx), Path(text_onnx) if text_onnx else None, quiet=say is None)
         say = say or (lambda _: None)
         options = EngineOptions(Path(engines), precision, matmul, say=say, batch=batch)
-        self.runner = open_backend(backend, model, options, say)
+        self._runner: Runner | None = open_backend(backend, model, options, say)
+        self._batch = batch or MAX_BATCH
         self._cache = TextCache(Path(onnx) / FILE, self.runner.text_encoder)
         self._tokenize = Tokenizer()
         self._texts: dict[tuple[str, ...], np.ndarray] = {}
         self._lock = threading.Lock()
+
+    @property
+    def runner(self) -> Runner:
+        """The open backend. UserError where it was closed."""
+        if self._runner is None:
+            raise UserError("the Segmenter was closed: open another")
+        return self._runner
 
     def embed(self, words: Sequence[str], templates: str = "none") -> np.ndarray:
         """Words' unit embeddings, float32 [N, D].
@@ -129,21 +137,26 @@ class Segmenter:
     ) -> list[LabelMap]:
         """`segment` of several photos, such as a robot's cameras at one moment: the network sees up to 8 at once.
 
-        For a fixed number of cameras, open with `batch` set to it.
+        For a fixed number of cameras on TensorRT, open with `batch` set to it. Other backends take as many at once,
+        which needs memory and, on a CPU, saves little time.
 
         Args:
-            photos: files, or uint8 [H, W, 3], RGB, each of its own size.
+            photos: any number of files, or uint8 [H, W, 3], RGB, each of its own size.
 
         Raises:
-            UserError: a photo cannot be read, or there is no such mode.
+            UserError: a photo cannot be read, which gives up the others too, or there is no such mode.
         """
         if isinstance(photos, str | Path) or (isinstance(photos, np.ndarray) and photos.ndim == 3):
             raise UserError("the photos are one photo: give a list, or use segment")
+        if not isinstance(photos, Sequence | np.ndarray):
+            raise UserError(f"the photos are a {type(photos).__name__}: give a list")
         text = self._checked(words) if isinstance(words, np.ndarray) else self.embed(words)
         text = text.astype(np.float32, copy=False)
-        pixels = [_pixels(photo) for photo in photos]
-        groups = [pixels[start : start + MAX_BATCH] for start in range(0, len(pixels), MAX_BATCH)]
-        return [LabelMap(*each) for group in groups for each in label_photos(self.runner, group, text, inference)]
+        found = []
+        for start in range(0, len(photos), self._batch):
+            pixels = [_one_of(photos, index) for index in range(start, min(start + self._batch, len(photos)))]
+            found += [LabelMap(*each) for each in label_photos(self.runner, pixels, text, inference)]
+        return found
 
     def features(self, photo: str | Path | np.ndarray) -> Features:
         """A photo's pixel embeddings, in host memory: see `lseg.features.Features` for what it gives.
@@ -176,7 +189,9 @@ class Segmenter:
         return text
 
     def close(self) -> None:
-        self.runner.close()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
 
     def __enter__(self) -> Segmenter:
         return self
@@ -185,9 +200,21 @@ class Segmenter:
         self.close()
 
 
+def _one_of(photos: Sequence[str | Path | np.ndarray], index: int) -> np.ndarray:
+    """A photo's pixels; the error says which of several it was."""
+    try:
+        return _pixels(photos[index])
+    except UserError as error:
+        if len(photos) == 1:
+            raise
+        raise UserError(f"photo {index + 1} of {len(photos)}: {error}") from None
+
+
 def _pixels(photo: str | Path | np.ndarray) -> np.ndarray:
-    if not isinstance(photo, np.ndarray):
+    if isinstance(photo, str | Path):
         return read_image(photo)
+    if not isinstance(photo, np.ndarray):  # None is what OpenCV reads from a camera that is gone
+        raise UserError(f"a photo that is a {type(photo).__name__} does not fit: give a file, or uint8 [H, W, 3], RGB")
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
         raise UserError(f"a photo of {photo.dtype} {list(photo.shape)} does not fit: give uint8 [H, W, 3], RGB")
     return photo

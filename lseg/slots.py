@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import queue
+import itertools
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -19,11 +21,12 @@ class Slot:
     """A call's images, texts and results, each with a page-locked twin on the host, and its times on the GPU.
 
     Attributes:
+        lock: held by the call.
         begun, done: events around the call's work on the stream.
     """
 
     def __init__(self, stages: Stages, index: int):
-        self.index, self._stages = index, stages
+        self.index, self.lock, self._stages = index, threading.Lock(), stages
         self.begun, self.done = (stages.device.driver.Event() for _ in range(2))
         self._text: np.ndarray | None = None  # the texts that the GPU holds
 
@@ -43,10 +46,17 @@ class Slot:
             self._text = text.copy()
         return buffer.address
 
-    def milliseconds(self) -> float:
-        """From when the GPU began the call to its end, which is waited for."""
+    def wait(self, start: float) -> float:
+        """Waits for the end of a call; returns its milliseconds, without those of others' work before it.
+
+        Args:
+            start: when it began to be enqueued, by `time.perf_counter`.
+        """
+        if not self.begun.query():  # the GPU is at another call
+            self.begun.synchronize()
+            start = time.perf_counter()
         self.done.synchronize()
-        return self.done.time_since(self.begun)
+        return (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:
         """Forgets its events, which end with the last that knows them."""
@@ -57,21 +67,21 @@ class Slots:
     """The slots of one runner. Use with the device current."""
 
     def __init__(self, stages: Stages):
-        self._free: queue.LifoQueue[Slot] = queue.LifoQueue()  # a lone caller has the same one each time
-        for index in reversed(range(AT_ONCE)):
-            self._free.put(Slot(stages, index))
+        self._slots = [Slot(stages, index) for index in range(AT_ONCE)]
+        self._turns = itertools.count()
 
     @contextmanager
     def take(self) -> Iterator[Slot]:
-        """A slot for one call; waits until one is free."""
-        slot = self._free.get()
-        try:
+        """A slot for one call: the first that is free, which a lone caller gets each time; else one to wait for."""
+        free = [slot for slot in self._slots if not slot.lock.locked()]
+        slot = free[0] if free else self._slots[next(self._turns) % AT_ONCE]
+        with slot.lock:
             yield slot
-        finally:
-            self._free.put(slot)
 
     @contextmanager
     def all(self) -> Iterator[list[Slot]]:
         """Every slot: no call is under way then."""
         with ExitStack() as stack:
-            yield [stack.enter_context(self.take()) for _ in range(AT_ONCE)]
+            for slot in self._slots:  # in this order, always: two threads may want all
+                stack.enter_context(slot.lock)
+            yield self._slots

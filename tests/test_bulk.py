@@ -150,6 +150,9 @@ class TestRefused:
     def test_options(self, refused, photo):
         assert refused(photo, "--part", 0) == "--part 0 cannot be: give 1 or more"
         assert refused(photo, "--unknown", 2) == "--unknown 2.0 is no cosine: give a number from -1 to 1, such as 0.2"
+        assert refused(photo, "--batch", 9) == "9 images a run cannot be: give 1 to 8"
+        told = "--batch has no meaning beside --features: leave one out"
+        assert refused(photo, "--features", 8, "--batch", 2) == told
         assert refused(photo, "--features", 8, "--rle") == "--rle has no meaning beside --features: leave one out"
 
     def test_without_ray(self, refused, photo, monkeypatch):

@@ -84,7 +84,7 @@ def test_points_and_regions(tiny, photo, tmp_path, segment, seed):
         ),
         (["--features", "x", "--points", "p"], "p cannot be read"),
         (["--features", "x", "--save-labels"], "--save-labels has no meaning beside --features, which makes no"),
-        (["--features", "x", "--batch", "2"], "--batch has no meaning beside --features"),
+        (["--features", "x", "--batch", "2"], "--batch is for pictures: --features looks at photos"),
         (["--features", "x", "--labels", "a, b"], "--labels has no meaning beside --features"),
         (["--features", "x", "--unknown", "0.1"], "--unknown has no meaning beside --features"),
         (["--features", "x", "--stride", "2", "--regions", "mask.png"], "--stride has no meaning beside --points or"),

@@ -181,7 +181,7 @@ class TestRuns:
     def test_as_enginerun(self, bulk, segment, photos, tmp_path):
         code, out, err = bulk(photos, "--save-labels")
         assert (code, err) == (0, [])
-        assert out[0] == "11 images in 4 parts, 1 on a CPU at a time" and out[1].startswith("11 images in ")
+        assert out[0] == "11 images in 4 parts, by 1 network on a CPU" and out[1].startswith("11 images in ")
         lines = lines_of(segment, photos, folder=tmp_path)
         assert_same(rows_in(tmp_path / "out"), lines)
         for line in lines:
@@ -261,7 +261,7 @@ class TestRuns:
             "fewer, or a larger cluster"
         ]
         code, out, err = bulk(photos, "--features", 9, "--actors", 2)  # what was refused has begun nothing
-        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, 2 on a CPU at a time")
+        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, by 2 networks on a CPU")
         found = rows_in(tmp_path / "out")
         assert len(found) == 11
         with OnnxRuntimeRunner(tiny.weights, tiny.folder) as runner:
@@ -277,7 +277,7 @@ class TestRuns:
 class TestClusterWithGpus:
     def test_an_actor_a_gpu(self, bulk, segment, photos, tmp_path):
         code, out, err = bulk(photos, "--save-labels", stages=Stages(network=TellsItsGpu))
-        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, 2 on a GPU at a time")
+        assert (code, err, out[0]) == (0, [], "11 images in 4 parts, by 2 networks on a GPU")
         assert_same(rows_in(tmp_path / "out"), lines_of(segment, photos, folder=tmp_path))
         found = [path.name.split("-") for path in (tmp_path / "out" / "gpus").iterdir()]
         assert {gpu for gpu, _ in found} <= {"0", "1"} and len({actor for _, actor in found}) == len(found)

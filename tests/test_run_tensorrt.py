@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,6 +284,43 @@ def test_closing_waits_for_calls_under_way(opened, seed, monkeypatch):
         np.testing.assert_array_equal(call.result(60).labels, wanted)
     with pytest.raises(UserError, match="the GPU was closed"):
         runner.segment(pixels, text)
+
+
+def test_two_may_close_it(opened, seed):
+    """At once, with calls under way: none waits for ever."""
+    for turn in range(5):
+        runner = opened()
+        jobs = [draw(np.random.default_rng(seed + turn), 1, labels) for labels in (2, 3)]
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(runner.segment, *job) for job in jobs]
+            for closing in [pool.submit(runner.close) for _ in range(2)]:
+                closing.result(60)
+        for call in calls:  # it came before the closing, or it is told
+            assert call.exception() is None or "the GPU was closed" in str(call.exception())
+
+
+def test_waiting_for_others_is_no_time_of_a_call(opened, seed, monkeypatch):
+    runner, job = opened(), draw(np.random.default_rng(seed), 1, 3)
+    runner.segment(*job)
+    slot = runner._slots._slots[0]
+    monkeypatch.setattr(Event, "query", lambda self: self is not slot.begun)
+    monkeypatch.setattr(Event, "synchronize", lambda self: time.sleep(1.0 if self is slot.begun else 0.2))
+    start = time.perf_counter()
+    found = runner.segment(*job).timings.milliseconds["encode_image"]
+    assert time.perf_counter() - start > 1.2 and 200 < found < 1000
+
+
+def test_what_is_left_on_the_gpu_is_waited_for(opened, seed, monkeypatch):
+    """A call fails when some of its work is enqueued: closing must not free what that work uses before its end."""
+    runner, (pixels, text) = opened(), draw(np.random.default_rng(seed), 1, 3)
+    events, stages = [], runner.stages
+    monkeypatch.setattr(stages, "dots", lambda *_: (_ for _ in ()).throw(UserError("no memory")))
+    with pytest.raises(UserError, match="no memory"):
+        runner.segment(pixels, text)
+    monkeypatch.setattr(stages, "stream", SimpleNamespace(handle=0, synchronize=lambda: events.append("waited")))
+    monkeypatch.setattr(stages, "close", lambda close=stages.close: (events.append("closed"), close()))
+    runner.close()
+    assert events == ["waited", "closed"]
 
 
 def test_a_call_that_fails_leaves_the_others_room(opened, driver, seed, monkeypatch):

@@ -13,9 +13,8 @@ import pytest
 import torch
 from test_enginerun import LABELS, save
 
-from lseg import Segmenter
+from lseg import Segmenter, UserError
 from lseg.device_array import DeviceArray, _exported
-from lseg.errors import UserError
 from lseg.image import labels_to_photo, read_image, to_pixels
 from lseg.run_torch import TorchRunner
 from lseg.tokenizer import Tokenizer
@@ -99,8 +98,12 @@ class TestSegmenter:
             lseg.segment_batch(photos[0], LABELS)
         with pytest.raises(UserError, match="the photos are one photo"):
             lseg.segment_batch(mixed[1], LABELS)
-        with pytest.raises(UserError, match="none.jpg"):
+        with pytest.raises(UserError, match="photo 2 of 2: none.jpg"):
             lseg.segment_batch([photos[0], "none.jpg"], LABELS)
+        with pytest.raises(UserError, match="photo 1 of 2: a photo that is a NoneType does not fit: give a file"):
+            lseg.segment_batch([None, photos[0]], LABELS)  # what OpenCV reads from a camera that is gone
+        with pytest.raises(UserError, match="the photos are a NoneType: give a list"):
+            lseg.segment_batch(None, LABELS)
 
     def test_what_cannot_be(self, lseg, photo):
         with pytest.raises(UserError, match=r"one string: give a list, such as \['cat', 'dog'\]"):
@@ -121,6 +124,8 @@ class TestSegmenter:
         for words, message in (([], "no word is given"), ([3], "3 is no word"), (["a", " "], "' ' is no word")):
             with pytest.raises(UserError, match=message):
                 lseg.segment(photo, words)
+        with pytest.raises(UserError, match="a photo that is a list does not fit: give a file"):
+            lseg.features([photo])
         with pytest.raises(ValueError):  # what is kept cannot be spoilt
             text *= 0
         assert np.array_equal(lseg.embed(word for word in LABELS), text)
@@ -174,6 +179,37 @@ class TestDeviceArray:
         for options in ({"copy": True}, {"dl_device": (1, 0)}):
             with pytest.raises(BufferError, match="without a copy"):
                 array.__dlpack__(**options)
+
+
+def test_after_its_end(tiny, photo):
+    with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder) as lseg:
+        lseg.segment(photo, LABELS)
+    lseg.close()
+    for work in (lambda: lseg.segment(photo, LABELS), lambda: lseg.features(photo), lambda: lseg.embed(["new"])):
+        with pytest.raises(UserError, match="the Segmenter was closed: open another"):
+            work()
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "torch"])
+def test_a_batch_that_no_engine_takes(tmp_path, backend):
+    """It is told before anything is exported, and whatever the machine has."""
+    for batch in (9, 0, -1, "6", 2.0):
+        with pytest.raises(UserError, match=f"^{batch!r} images a run cannot be: give 1 to 8"):
+            Segmenter("demo", backend, onnx=tmp_path / "onnx", batch=batch)
+    with pytest.raises(UserError, match="MatMuls in 2-D take one image a run, not 4"):
+        Segmenter("demo", backend, onnx=tmp_path / "onnx", batch=4, matmul="2d")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_batches_follow_the_engine(tiny, seed, monkeypatch):
+    """As many photos a call as a run of the engine takes."""
+    photos = [np.random.default_rng(seed + i).integers(0, 256, (20, 30, 3), dtype=np.uint8) for i in range(7)]
+    with Segmenter(tiny.weights, "onnxruntime", onnx=tiny.folder, batch=3) as lseg:
+        counts, segment = [], lseg.runner.segment
+        monkeypatch.setattr(
+            lseg.runner, "segment", lambda pixels, *more: counts.append(len(pixels)) or segment(pixels, *more)
+        )
+        assert len(lseg.segment_batch(photos, LABELS)) == 7 and counts == [3, 3, 1]
 
 
 def test_the_readmes_example(demo, monkeypatch):

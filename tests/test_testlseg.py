@@ -141,6 +141,8 @@ class TestRun:
             (["--cases", "0:8"], "'0:8' is no batch:labels pair"),
             (["--runs", "0"], "--runs 0 cannot be: give at least 1"),
             (["--limit", "0"], "--limit 0 cannot be: give at least 1"),
+            (["--batch", "9"], "9 images a run cannot be: give 1 to 8"),
+            (["--batch", "6"], "--batch is of TensorRT's engines, and none are measured: leave it out, or see"),
             (["--dataset", "nowhere"], "nowhere is no folder: give the data set's"),
             (["--reference", "nowhere.npz"], "nowhere.npz cannot be read (No such file or directory): make it"),
             (["--update-readme"], "--update-readme needs the reports: give them with --report"),
@@ -188,10 +190,10 @@ def found_config(_) -> dict:
 
 
 def failing_open(real):
-    def open_variant(variant, *arguments):
+    def open_variant(variant, *arguments, **options):
         if variant.backend == "onnxruntime":
             raise RuntimeError("it\nbroke")
-        return real(variant, *arguments)
+        return real(variant, *arguments, **options)
 
     return open_variant
 

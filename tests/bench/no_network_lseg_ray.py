@@ -31,9 +31,9 @@ MILLISECONDS = float(os.environ.get("LSEG_NETWORK_MS", 0))
 class Waiting:
     """A stand-in for a TensorRT runner: see `lseg.runner.Runner`."""
 
-    identity, callers = Identity("no network", "none"), 2
+    identity, callers = Identity("no network", "none"), 3
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
         self._lock = threading.Lock()
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
