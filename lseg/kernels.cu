@@ -177,6 +177,31 @@ __device__ inline void weigh(const float *inverse, int s, int y, int x, int top,
 // Where the 3 x 3 begin, for a pixel of the full grid.
 __device__ inline int origin(int at, int s) { return tap(tap(at, 2 * s, 4 * s).first, s, 2 * s).first; }
 
+// Unit embeddings of K pixels of the full grid, from one image's z: float16 [K, D]. places: int32 [K, 2], each one's row
+// and column. The channels are gone through twice: for the length, then for what is written.
+template <typename T>
+__device__ inline void pick(const T *z, const float *inverse, int D, int s, const int *places, int K, Half *result) {
+    int k = EACH(x), place[9];
+    if (k >= K) return;
+    int y = places[2 * k], x = places[2 * k + 1], top = origin(y, s), left = origin(x, s);
+    float weights[9], length = 0;
+    weigh(inverse, s, y, x, top, left, weights);
+#pragma unroll
+    for (int i = 0; i < 9; ++i) place[i] = min(top + i / 3, s - 1) * s + min(left + i % 3, s - 1);
+    for (int pass = 0; pass < 2; ++pass) {
+        float scale = length <= 0 ? 0 : 1 / sqrtf(length);
+        const T *plane = z;
+#pragma unroll 2
+        for (int channel = 0; channel < D; ++channel, plane += s * s) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < 9; ++i) sum += weights[i] * value(plane[place[i]]);
+            if (pass) put(result + (long long)k * D + channel, sum * scale);
+            else length += sum * sum;
+        }
+    }
+}
+
 // Each pixel's best text: dots [B, N, s, s] to labels [B, 4s, 4s] and their cosines, two rows a thread. Texts are
 // numbered from `offset`; beyond 0 what is in `labels` and `best` stays where no cosine is larger.
 template <typename T, typename L>
@@ -286,6 +311,10 @@ extern "C" __global__ void combine(const long long *maps, int scales, int N, int
     extern "C" __global__ void embeddings_##suffix(const T *z, const float *inverse, int D, int s, int group,          \
                                                    T *result) {                                                        \
         embeddings(z, inverse, D, s, group, result);                                                                   \
+    }                                                                                                                  \
+    extern "C" __global__ void pick_##suffix(const T *z, const float *inverse, int D, int s, const int *places, int K, \
+                                             Half *result) {                                                           \
+        pick(z, inverse, D, s, places, K, result);                                                                     \
     }                                                                                                                  \
     extern "C" __global__ void label_##suffix(const T *dots, const float *inverse, int N, int s, int offset,           \
                                               unsigned char *labels, float *best) {                                    \

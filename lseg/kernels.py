@@ -74,6 +74,12 @@ class Kernels:
         numbers = _ints(self.dimension, self.side, CHANNELS_A_THREAD)
         self._launch(f"embeddings_{self._suffix}", grid, _address(z), _address(inverse), *numbers, _address(result))
 
+    def pick(self, z: int, inverse: int, places: int, count: int, result: int) -> None:
+        """One image's z to unit embeddings float16 [K, D] at K places, int32 [K, 2]: rows and columns below 4s."""
+        numbers = _ints(self.dimension, self.side)
+        self._launch(f"pick_{self._suffix}", (_blocks(count), 1, 1), _address(z), _address(inverse), *numbers,
+                     _address(places), np.int32(count), _address(result))  # fmt: skip
+
     def label(
         self, dots: int, inverse: int, labels: int, best: int, batch: int, texts: int, offset: int | None = None
     ) -> None:

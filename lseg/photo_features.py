@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import Features, check_mask, check_points, read_points, read_region_mask, write_features
+from lseg.features import (
+    Features,
+    at_points,
+    at_stride,
+    check_mask,
+    check_points,
+    read_points,
+    read_region_mask,
+    write_features,
+)
 from lseg.image import to_pixels
 from lseg.photos import Group, Task, run_tasks
 from lseg.runner import Runner, Timings
@@ -22,6 +31,14 @@ FILES = (".npy", ".safetensors")
 OTHER_FILES = (".npz", ".pt", ".pth", ".json", ".txt", ".h5", ".png", ".bin")  # what is no folder's name either
 DIMENSION = 512  # of an embedding
 LARGEST = 4 << 30  # bytes of one photo's features
+
+
+class Made(NamedTuple):
+    """A photo after the network."""
+
+    arrays: Callable[[], dict[str, np.ndarray]]  # makes what is written, by name
+    about: dict[str, Any]  # it, as the file has it
+    taken: Timings
 
 
 @dataclass(frozen=True)
@@ -117,32 +134,35 @@ def write_photo_features(
                 least = math.ceil(step * math.sqrt(size / LARGEST))
                 raise UserError(f"--stride {step} makes {size / 2**30:.1f} GiB of it: give --stride {least} or more")
 
-    def work(group: Group) -> list[tuple[Features, Timings]]:
+    def work(group: Group) -> list[Made]:
         return [embed(*loaded) for _, loaded in group]
 
-    def embed(photo: np.ndarray, taken: Timings) -> tuple[Features, Timings]:
-        pixels = taken.measure("preprocess", lambda: to_pixels(photo, runner.image_size)[None])
-        grid = taken.measure("encode_image", lambda: runner.encode_image(pixels)[0])
-        return Features(grid, runner.image_size, *photo.shape[:2]), taken
+    def embed(photo: np.ndarray, taken: Timings) -> Made:
+        """Of regions the whole grid leaves the network, and is averaged while it is stored."""
+        size, (height, width) = runner.image_size, photo.shape[:2]
+        pixels = taken.measure("preprocess", lambda: to_pixels(photo, size)[None])
+        about: dict[str, Any] = {"size": [width, height]}
 
-    def store(task: Task, made: tuple[Features, Timings]) -> tuple[Path, None, Timings]:
-        features, taken = made
-        taken.measure("draw", lambda: write(task, features))
-        return task[1], None, taken
+        def pick(places: np.ndarray) -> np.ndarray:
+            return taken.measure("encode_image", lambda: runner.features_at(pixels, places))
 
-    def write(task: Task, features: Features) -> None:
-        about: dict[str, Any] = {"photo": task[0].shown, "size": [features.width, features.height]}
-        about |= {"weights": Path(weights).name, "text_encoder": runner.text_encoder, "made_by": str(runner.identity)}
-        if points is not None:
-            arrays = {"features": features.at(points)}
-            about["points"] = points.tolist()
-        elif mask is not None:
-            ids, vectors, pixels = features.regions(mask)
-            arrays = {"features": vectors, "ids": ids, "pixels": pixels}
+        if mask is not None:
             about["regions"] = str(wanted.regions)
+            grid = taken.measure("encode_image", lambda: runner.encode_image(pixels)[0])
+            names, features = ("ids", "features", "pixels"), Features(grid, size, height, width)
+            return Made(lambda: dict(zip(names, features.regions(mask), strict=True)), about, taken)
+        if points is not None:
+            about["points"] = points.tolist()
+            found = at_points(pick, size, height, width, points)
         else:
-            about["stride"] = stride_for(features.height, features.width)
-            arrays = {"features": features.strided(about["stride"])}
-        write_features(task[1], arrays, about)
+            about["stride"] = stride_for(height, width)
+            found = at_stride(pick, size, height, width, about["stride"])
+        return Made(lambda: {"features": found}, about, taken)
+
+    def store(task: Task, made: Made) -> tuple[Path, None, Timings]:
+        about = {"photo": task[0].shown, "weights": Path(weights).name, "text_encoder": runner.text_encoder}
+        about |= {"made_by": str(runner.identity), **made.about}
+        made.taken.measure("draw", lambda: write_features(task[1], made.arrays(), about))
+        return task[1], None, made.taken
 
     return run_tasks(tasks, work, store, lambda _: None, timings, say, quiet, check)

@@ -13,6 +13,7 @@ from lseg import tensorfile
 from lseg.cuda import gpu_name
 from lseg.device_array import DeviceArray
 from lseg.errors import UserError
+from lseg.features import Features
 from lseg.image import normalise
 from lseg.onnx_file import (
     IMAGE_ONNX,
@@ -179,6 +180,10 @@ class OnnxRuntimeRunner:
         value = self._embed(normalise(pixels))
         gpu = None if value.device_name() == "cpu" else 0
         return DeviceArray(value.data_ptr(), tuple(value.shape()), np.float32, value, gpu)
+
+    def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+        size = self.image_size
+        return Features(self.encode_image(pixels)[0], size, size, size).at(places[:, ::-1])
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         return segment_in_stages(pixels, text, self._embed, self._score)

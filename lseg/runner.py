@@ -93,6 +93,13 @@ class Runner(Protocol):
         """pixels uint8 [B, S, S, 3], RGB, to unit pixel embeddings float32 [B, D, S / 2, S / 2]."""
         ...
 
+    def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """One photo's embeddings at pixels of the network's input, without the others: float16 [K, D], unit length.
+
+        pixels: uint8 [1, S, S, 3], RGB; places: integers [K, 2], rows and columns below S: see `lseg.features`.
+        """
+        ...
+
     def embed(self, pixels: np.ndarray) -> Any:
         """`encode_image` without a copy: an array that DLPack takes, float32 or float16, where the network left it.
 

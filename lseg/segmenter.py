@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import Features
+from lseg.features import Features, Pick, at_points, at_stride
 from lseg.image import read_image, to_pixels
 from lseg.inference import label_photos
 from lseg.labels import parse_labels
@@ -167,6 +167,22 @@ class Segmenter:
         image = _pixels(photo)
         grid = self.runner.encode_image(to_pixels(image, self.runner.image_size)[None])[0]
         return Features(grid, self.runner.image_size, *image.shape[:2])
+
+    def features_at(self, photo: str | Path | np.ndarray, points: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
+        """`features(photo).at(points)`, float16 [K, D]; from a GPU only these are copied."""
+        image, pick = self._picker(photo)
+        return at_points(pick, self.runner.image_size, *image.shape[:2], points)
+
+    def features_strided(self, photo: str | Path | np.ndarray, stride: int) -> np.ndarray:
+        """`features(photo).strided(stride)`, float16 [rows, columns, D]; from a GPU only these are copied."""
+        image, pick = self._picker(photo)
+        return at_stride(pick, self.runner.image_size, *image.shape[:2], stride)
+
+    def _picker(self, photo: str | Path | np.ndarray) -> tuple[np.ndarray, Pick]:
+        """A photo's pixels, and what picks embeddings from it."""
+        image, runner = _pixels(photo), self.runner
+        pixels = to_pixels(image, runner.image_size)[None]
+        return image, lambda places: runner.features_at(pixels, places)
 
     def features_on_device(self, photo: str | Path | np.ndarray) -> Any:
         """The same, [1, D, G, G], where the network left it: nothing is copied.

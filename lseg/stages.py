@@ -119,6 +119,10 @@ class Stages:
         """z to unit embeddings [B, D, 2s, 2s] in its type, at an address."""
         self.kernels.embeddings(self._z(batch).address, self._inverse(batch).address, result, batch)
 
+    def pick(self, places: int, count: int, result: int) -> None:
+        """The first image's z to embeddings at places: see `Kernels.pick`."""
+        self.kernels.pick(self._z(1).address, self._inverse(1).address, places, count, result)
+
     def dots(self, batch: int, text: int, texts: int) -> int:
         """z and texts float32 [N, D], N up to 256, at an address to their products, whose address is returned."""
         engine, side = self.engine("dots"), self.recipe.side

@@ -108,6 +108,35 @@ def test_lengths_of_what_cancels_out_and_of_what_is_no_number(gpu, seed):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16, BFLOAT])
+@pytest.mark.parametrize("side", [4, 9, 30])
+def test_picked_embeddings(gpu, seed, kind, side):
+    """Every pixel of the full grid, in any order, some twice: as upsampling, normalising, upsampling, normalising."""
+    rng, dimension = np.random.default_rng(seed), 20
+    z, _, exact, _ = draw(rng, kind, 1, 1, side, dimension)
+    wide = double(exact)
+    unit = wide / wide.norm(dim=1, keepdim=True)
+    full = F.normalize(double(unit), dim=1)[0].permute(1, 2, 0).numpy()
+    every = np.stack(np.meshgrid(*[np.arange(4 * side)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+    places = np.concatenate([rng.permutation(every), every[:5]]).astype(np.int32)
+    inverse = send(gpu, (1 / wide.norm(dim=1)).float().numpy())
+    result = Buffer(gpu, (len(places), dimension), np.float16, host=False)
+    kernels = Kernels(gpu, None, kind, dimension, side)
+    kernels.pick(send(gpu, z).address, inverse.address, send(gpu, places).address, len(places), result.address)
+    found = result.read(STREAM, result.size).reshape(-1, dimension)
+    assert np.abs(found - full[places[:, 0], places[:, 1]]).max() <= 1e-3
+
+
+def test_picked_embeddings_of_nothing(gpu, seed):
+    """Where z is 0 everywhere there is no direction."""
+    side, dimension, places = 4, 6, np.array([[0, 0], [15, 15]], np.int32)
+    z, inverse = (send(gpu, np.zeros(shape, np.float32)) for shape in ((dimension, side, side), (2 * side, 2 * side)))
+    result = Buffer(gpu, (2, dimension), np.float16, host=False)
+    kernels = Kernels(gpu, None, np.float32, dimension, side)
+    kernels.pick(z.address, inverse.address, send(gpu, places).address, 2, result.address)
+    assert (result.read(STREAM, 2 * dimension) == 0).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, BFLOAT])
 @pytest.mark.parametrize("batch, texts, side", [(1, 1, 4), (2, 7, 5), (1, 30, 16)])
 def test_labels(gpu, seed, kind, batch, texts, side):
     """At once and in groups that keep a running maximum, which gives the same bits."""

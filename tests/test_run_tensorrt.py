@@ -153,6 +153,25 @@ def test_embeddings(opened, torch_runner, seed, precision):
         np.testing.assert_array_equal(runner.encode_image(pixels), found)
 
 
+@pytest.mark.parametrize("precision, batch", [("fp32", None), ("fp16", None), ("fp32", 3)])
+def test_picked_embeddings(opened, torch_runner, seed, monkeypatch, precision, batch):
+    """Alone they are what the whole grid gives, also in several rounds, and after a larger batch and labels."""
+    rng, runner = np.random.default_rng(seed), opened(precision, batch=batch)
+    bound = 1e-3 if precision == "fp32" else HALF  # the results are float16
+    pixels, text = draw(rng, 8, 5)
+    runner.segment(pixels, text)
+    places = rng.integers(0, 64, (500, 2))
+    wanted = torch_runner.features_at(pixels[:1], places)
+    found = runner.features_at(pixels[:1], places)
+    assert (found.shape, found.dtype) == (wanted.shape, np.float16)
+    assert np.abs(found.astype(np.float32) - wanted).max() <= bound
+    monkeypatch.setattr(run_tensorrt, "PLACES", 128)
+    np.testing.assert_array_equal(runner.features_at(pixels[:1], places), found)
+    assert runner.features_at(pixels[:1], places[:0]).shape == (0, wanted.shape[1])
+    with pytest.raises(UserError, match="no image is given"):
+        runner.features_at(pixels[:0], places)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("mode", ["window", "multiscale"])
 @pytest.mark.parametrize("shape", [(97, 140), (150, 61), (7, 5)])

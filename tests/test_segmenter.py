@@ -62,6 +62,21 @@ class TestSegmenter:
         assert (asked == lseg.segment(image, words).labels).mean() > 0.98  # float16, and random weights
         assert np.array_equal(lseg.features(photo).at([(3, 5)])[0], stored[5, 3])
 
+    def test_picked_features(self, lseg, tmp_path, seed):
+        """They are the whole map's, bit for bit, of photos larger and smaller than the network."""
+        rng = np.random.default_rng(seed)
+        for width, height in ((90, 70), (31, 20), (64, 64), (200, 3)):
+            photo = save(tmp_path / "photo.png", int(rng.integers(2**31)), (width, height))
+            every = lseg.features(photo)
+            points = rng.integers(0, [width, height], (50, 2))
+            assert np.array_equal(lseg.features_at(photo, points), every.at(points))
+            for stride in (1, 3, 17, 500):
+                assert np.array_equal(lseg.features_strided(photo, stride), every.strided(stride))
+        with pytest.raises(UserError, match="is outside the photo"):
+            lseg.features_at(photo, [(200, 0)])
+        with pytest.raises(UserError, match="a stride of 0 takes no steps"):
+            lseg.features_strided(photo, 0)
+
     def test_without_a_copy(self, lseg, photo):
         array = lseg.features_on_device(photo)
         taken = torch.from_dlpack(array) if not isinstance(array, torch.Tensor) else array

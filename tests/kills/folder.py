@@ -1,7 +1,8 @@
 """enginerun.py over a folder of photos with --save-labels --jsonl, killed, then with --resume.
 
 Every photo has its files and its line once at the end, equal to the undisturbed run's byte for byte. Rounds of two
-kinds: into an empty folder, and over the files of an earlier run with other labels, which counts for nothing.
+kinds: into an empty folder, photo by photo; and in groups of three, over the files of an earlier run with other labels,
+which counts for nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Folder:
         for file in (self.made / "onnx").glob("*.onnx"):
             (folder / "onnx" / file.name).symlink_to(file)
 
-    def segment(self, labels: str, again: bool) -> None:
+    def segment(self, labels: str, again: bool, batch: int = 1) -> None:
         options = [
             "photos",
             "--output",
@@ -70,7 +71,7 @@ class Folder:
             "--quiet",
         ]
         options += ["--weights", str(self.weights), "--onnx", "onnx", "--backend", "onnxruntime"]
-        options += ["--resume"] if again else []
+        options += ["--batch", str(batch), *(["--resume"] if again else [])]
         errors.run(lambda: enginerun.main(enginerun.parse_args(options)))
 
     def begin(self, folder: Path, kind: int) -> None:
@@ -80,7 +81,7 @@ class Folder:
             shutil.copy(self.made / "older" / "lines.jsonl", folder)
 
     def work(self, kind: int, again: bool) -> None:
-        self.segment(LABELS[0], again)
+        self.segment(LABELS[0], again, 3 if kind else 1)
 
     def left(self, folder: Path, kind: int) -> list[str]:
         """Every file is one that a whole run wrote; a photo that has a line has all its files."""
