@@ -22,9 +22,9 @@ from lseg.bulk_inputs import Columns, Row, read_row
 from lseg.bulk_output import Output, feature_schema, label_schema, part_name, plain, table_bytes
 from lseg.bulk_tables import Part
 from lseg.errors import UserError
-from lseg.features import at_stride
 from lseg.image import decode_image, labels_to_photo, to_pixels
 from lseg.labels import label_dtype, label_map_files, palette
+from lseg.picking import features_of_stride
 from lseg.recipes import MAX_BATCH
 from lseg.results import describe_tally, is_unknown, with_masks
 from lseg.sources import LABEL_MAP, MEANING
@@ -189,9 +189,8 @@ class Network:
         return [tally_at(labels, cosines, count, width, height) for labels, cosines, (height, width) in each]
 
     def _features(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """float16 [rows, columns, D]; the network's 118 MB an image never leave the actor, nor from a GPU get there."""
-        wanted, runner = self.wanted, self.runner
-        return at_stride(lambda places: runner.features_at(image[None], places), wanted.size, *size, wanted.stride)
+        """float16 [rows, columns, D]; the network's 118 MB an image never leave the actor."""
+        return features_of_stride(self.runner, image[None], *size, self.wanted.stride)
 
 
 def write(part: Part, wanted: Wanted) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +20,6 @@ from lseg.image import decode, labels_to_photo
 
 PAIRS = 4096  # pairs of a network pixel and a region that are summed at once: 16 MiB at D = 512
 SCORES = 2**22  # float32 values that `query` works with at a time: 16 MiB
-Pick = Callable[[np.ndarray], np.ndarray]  # places int64 [K, 2] of the network's input to float16 [K, D]
 POINT = re.compile(r"([+-]?\d{1,18})(?:\s*,\s*|\s+)([+-]?\d{1,18})", re.ASCII)
 POINTS = "give integers [K, 2], an x and a y for each point"
 MASK = "give integers [H, W], an id for each pixel, 0 for no region"
@@ -104,7 +103,7 @@ class Features:
         return ids.astype(np.int64), _to_unit(sums).astype(np.float16), pixels
 
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        return _places(self.image_size, self.height, self.width)
+        return network_places(self.image_size, self.height, self.width)
 
     def _row(self, row: int, columns: np.ndarray) -> np.ndarray:
         """Features float32 [n, D] of the network's input at one row and n columns."""
@@ -117,35 +116,10 @@ class Features:
         return _to_unit(values)
 
 
-def at_points(
-    pick: Pick, size: int, height: int, width: int, points: np.ndarray | Sequence[Sequence[int]]
-) -> np.ndarray:
-    """`Features.at` where only what is asked for leaves the network.
-
-    Args:
-        pick: `Runner.features_at` of the photo; asked once for each place.
-        size: S, of the network's input.
-        height, width: of the photo.
-        points: see `Features.at`.
-    """
-    points = np.asarray(points)
-    check_points(points, width, height)
-    columns, rows = _places(size, height, width)
-    places = np.stack([rows[points[:, 1].astype(np.int64)], columns[points[:, 0].astype(np.int64)]], axis=1)
-    different, which = np.unique(places, axis=0, return_inverse=True)
-    return pick(different)[which.reshape(-1)]
-
-
-def at_stride(pick: Pick, size: int, height: int, width: int, stride: int) -> np.ndarray:
-    """`Features.strided` where only what is asked for leaves the network: see `at_points`.
-
-    Beyond the result it takes 2 D bytes for each different place, at most S S of them.
-    """
-    check_stride(stride)
-    columns, rows = (places[::stride] for places in _places(size, height, width))
-    (down, row), (across, column) = (np.unique(places, return_inverse=True) for places in (rows, columns))
-    found = pick(np.stack(np.meshgrid(down, across, indexing="ij"), axis=-1).reshape(-1, 2))
-    return found.reshape(len(down), len(across), -1)[row[:, None], column]
+def network_places(size: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The network's columns for the photo's, int64 [W], and its rows, int64 [H]: by the label map's own rule."""
+    places = np.arange(size)
+    return labels_to_photo(places[None], width, 1)[0], labels_to_photo(places[:, None], 1, height)[:, 0]
 
 
 def check_stride(stride: int) -> None:
@@ -256,12 +230,6 @@ def read_region_mask(path: str | Path) -> np.ndarray:
     if mask is None or mask.ndim != 2 or data[:4] != b"\x89PNG" or tuple(data[24:26]) not in ((8, 0), (16, 0)):
         raise UserError(f"{path} is damaged or no PNG of one channel with 8 or 16 bits: {PNG}")
     return mask
-
-
-def _places(size: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The network's columns for the photo's, int64 [W], and its rows, int64 [H]: by the label map's own rule."""
-    places = np.arange(size)
-    return labels_to_photo(places[None], width, 1)[0], labels_to_photo(places[:, None], 1, height)[:, 0]
 
 
 def _suffix(path: Path) -> str:

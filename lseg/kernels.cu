@@ -312,8 +312,8 @@ extern "C" __global__ void combine(const long long *maps, int scales, int N, int
                                                    T *result) {                                                        \
         embeddings(z, inverse, D, s, group, result);                                                                   \
     }                                                                                                                  \
-    extern "C" __global__ void pick_##suffix(const T *z, const float *inverse, int D, int s, const int *places, int K, \
-                                             Half *result) {                                                           \
+    extern "C" __global__ void pick_##suffix(const T *z, const float *inverse, int D, int s, const int *places,        \
+                                             int K, Half *result) {                                                    \
         pick(z, inverse, D, s, places, K, result);                                                                     \
     }                                                                                                                  \
     extern "C" __global__ void label_##suffix(const T *dots, const float *inverse, int N, int s, int offset,           \

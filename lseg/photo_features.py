@@ -14,8 +14,6 @@ import numpy as np
 from lseg.errors import UserError
 from lseg.features import (
     Features,
-    at_points,
-    at_stride,
     check_mask,
     check_points,
     read_points,
@@ -24,6 +22,7 @@ from lseg.features import (
 )
 from lseg.image import to_pixels
 from lseg.photos import Group, Task, run_tasks
+from lseg.picking import plan_points, plan_stride
 from lseg.runner import Runner, Timings
 from lseg.sources import FEATURES, Photo, output_names
 
@@ -138,26 +137,32 @@ def write_photo_features(
         return [embed(*loaded) for _, loaded in group]
 
     def embed(photo: np.ndarray, taken: Timings) -> Made:
-        """Of regions the whole grid leaves the network, and is averaged while it is stored."""
+        """What the network gives; the rest is done where it is stored, beside the network."""
         size, (height, width) = runner.image_size, photo.shape[:2]
         pixels = taken.measure("preprocess", lambda: to_pixels(photo, size)[None])
         about: dict[str, Any] = {"size": [width, height]}
-
-        def pick(places: np.ndarray) -> np.ndarray:
-            return taken.measure("encode_image", lambda: runner.features_at(pixels, places))
-
-        if mask is not None:
-            about["regions"] = str(wanted.regions)
-            grid = taken.measure("encode_image", lambda: runner.encode_image(pixels)[0])
-            names, features = ("ids", "features", "pixels"), Features(grid, size, height, width)
-            return Made(lambda: dict(zip(names, features.regions(mask), strict=True)), about, taken)
         if points is not None:
             about["points"] = points.tolist()
-            found = at_points(pick, size, height, width, points)
+        elif mask is not None:
+            about["regions"] = str(wanted.regions)
         else:
             about["stride"] = stride_for(height, width)
-            found = at_stride(pick, size, height, width, about["stride"])
-        return Made(lambda: {"features": found}, about, taken)
+        if runner.features_at is not None and mask is None:
+            asked = (size, height, width)
+            plan = plan_stride(about["stride"], *asked) if points is None else plan_points(points, *asked)
+            found = taken.measure("encode_image", lambda: runner.features_at(pixels, plan.places))
+            return Made(lambda: {"features": plan.expand(found)}, about, taken)
+        grid = taken.measure("encode_image", lambda: runner.encode_image(pixels)[0])
+        features = Features(grid, size, height, width)
+
+        def arrays() -> dict[str, np.ndarray]:
+            if points is not None:
+                return {"features": features.at(points)}
+            if mask is not None:
+                return dict(zip(("ids", "features", "pixels"), features.regions(mask), strict=True))
+            return {"features": features.strided(about["stride"])}
+
+        return Made(arrays, about, taken)
 
     def store(task: Task, made: Made) -> tuple[Path, None, Timings]:
         about = {"photo": task[0].shown, "weights": Path(weights).name, "text_encoder": runner.text_encoder}

@@ -13,7 +13,6 @@ from lseg import tensorfile
 from lseg.cuda import gpu_name
 from lseg.device_array import DeviceArray
 from lseg.errors import UserError
-from lseg.features import Features
 from lseg.image import normalise
 from lseg.onnx_file import (
     IMAGE_ONNX,
@@ -135,7 +134,7 @@ class OnnxRuntimeRunner:
         device: "cpu", or None for CUDA where the installed build has it.
     """
 
-    callers = 1
+    callers, features_at = 1, None
 
     def __init__(self, weights: str, folder: Path, text_onnx: Path | None = None, device: str | None = None):
         self._providers = default_providers() if device != "cpu" else ["CPUExecutionProvider"]
@@ -180,10 +179,6 @@ class OnnxRuntimeRunner:
         value = self._embed(normalise(pixels))
         gpu = None if value.device_name() == "cpu" else 0
         return DeviceArray(value.data_ptr(), tuple(value.shape()), np.float32, value, gpu)
-
-    def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
-        size = self.image_size
-        return Features(self.encode_image(pixels)[0], size, size, size).at(places[:, ::-1])
 
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:
         return segment_in_stages(pixels, text, self._embed, self._score)

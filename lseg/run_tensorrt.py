@@ -106,20 +106,24 @@ class TensorRTRunner:
             return to_float32(buffer.read(self.stages.stream, int(np.prod(shape)))).reshape(shape)
 
     def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
-        self._check(pixels[:1])
+        self._check(pixels)
+        if len(pixels) > 1:
+            raise UserError(f"{len(pixels)} images are more than the one whose pixels are picked: give one")
+        if len(places) and not (0 <= places.min() and places.max() < self.image_size):
+            raise UserError(f"places from {places.min()} to {places.max()} do not fit: give 0 to {self.image_size - 1}")
         stages, dimension = self.stages, self.stages.dimension
         result = np.empty((len(places), dimension), np.float16)
         with self._lock, self.device:
-            source = stages.buffer("pixels", pixels[:1].size, np.uint8, host=True)
+            source = stages.buffer("pixels", pixels.size, np.uint8, host=True)
             where = stages.buffer("places", 2 * PLACES, np.int32, host=True)
             found = stages.buffer("picked", PLACES * dimension, np.float16, host=True)
-            source.write(stages.stream, pixels[:1])
+            source.write(stages.stream, pixels)
             self._encode(source, slice(0, 1))
             for start in range(0, len(places), PLACES):
                 part = places[start : start + PLACES]
                 where.write(stages.stream, part)
                 stages.pick(where.address, len(part), found.address)
-                found.download(stages.stream, part.shape[0] * dimension)
+                found.download(stages.stream, len(part) * dimension)
                 stages.stream.synchronize()
                 result[start : start + PLACES] = found.host[: len(part) * dimension].reshape(-1, dimension)
             stages.stream.synchronize()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lseg import checkpoint
-from lseg.features import Features
 from lseg.image import normalise
 from lseg.runner import TEXTS_A_RUN, Identity, Segmentation, Timings, segment_in_stages
 from lseg.similarity import Similarity
@@ -50,7 +49,7 @@ class TorchRunner:
         compiled: `torch.compile` the float16 pipeline, with CUDA graphs.
     """
 
-    callers = 1
+    callers, features_at = 1, None
 
     def __init__(
         self,
@@ -100,10 +99,6 @@ class TorchRunner:
     @torch.no_grad()
     def embed(self, pixels: np.ndarray) -> torch.Tensor:
         return self._encode(normalise(pixels))  # a plain tensor, which others may train with
-
-    def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
-        size = self.image_size
-        return Features(self.encode_image(pixels)[0], size, size, size).at(places[:, ::-1])
 
     @torch.inference_mode()
     def segment(self, pixels: np.ndarray, text: np.ndarray, best: bool = False) -> Segmentation:

@@ -77,6 +77,9 @@ class Runner(Protocol):
         identity: the library, device and arithmetic; as a string for the user.
         image_size: S, the side of the network's square input.
         text_encoder: tells text encoders apart, for keeping their embeddings; None where they must not be kept.
+        features_at: a photo uint8 [1, S, S, 3], RGB, and pixels of the network's input, integers [K, 2] (rows and
+            columns below S), to their embeddings alone, float16 [K, D], unit length: see `lseg.picking`. None where the
+            whole map is brought to the host first.
         callers: threads that it takes to keep it busy: several, where one waits for a GPU while others go on.
     """
 
@@ -84,6 +87,7 @@ class Runner(Protocol):
     image_size: int
     text_encoder: str | None
     callers: int
+    features_at: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
 
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
         """tokens int32 [N, 77] to unit vectors float32 [N, D]."""
@@ -91,13 +95,6 @@ class Runner(Protocol):
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """pixels uint8 [B, S, S, 3], RGB, to unit pixel embeddings float32 [B, D, S / 2, S / 2]."""
-        ...
-
-    def features_at(self, pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """One photo's embeddings at pixels of the network's input, without the others: float16 [K, D], unit length.
-
-        pixels: uint8 [1, S, S, 3], RGB; places: integers [K, 2], rows and columns below S: see `lseg.features`.
-        """
         ...
 
     def embed(self, pixels: np.ndarray) -> Any:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import Features, Pick, at_points, at_stride
+from lseg.features import Features
 from lseg.image import read_image, to_pixels
 from lseg.inference import label_photos
 from lseg.labels import parse_labels
 from lseg.opening import ROOT, Model, open_backend
+from lseg.picking import features_of_points, features_of_stride
 from lseg.recipes import MAX_BATCH
 from lseg.runner import EngineOptions, Runner
 from lseg.text_cache import FILE, TextCache
@@ -164,25 +165,21 @@ class Segmenter:
         Args:
             photo: a file, or uint8 [H, W, 3], RGB.
         """
-        image = _pixels(photo)
-        grid = self.runner.encode_image(to_pixels(image, self.runner.image_size)[None])[0]
-        return Features(grid, self.runner.image_size, *image.shape[:2])
+        pixels, height, width = self._squashed(photo)
+        return Features(self.runner.encode_image(pixels)[0], self.runner.image_size, height, width)
 
     def features_at(self, photo: str | Path | np.ndarray, points: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
-        """`features(photo).at(points)`, float16 [K, D]; from a GPU only these are copied."""
-        image, pick = self._picker(photo)
-        return at_points(pick, self.runner.image_size, *image.shape[:2], points)
+        """`features(photo).at(points)`, apart from rounding, float16 [K, D]; on TensorRT only these are copied."""
+        return features_of_points(self.runner, *self._squashed(photo), points)
 
     def features_strided(self, photo: str | Path | np.ndarray, stride: int) -> np.ndarray:
-        """`features(photo).strided(stride)`, float16 [rows, columns, D]; from a GPU only these are copied."""
-        image, pick = self._picker(photo)
-        return at_stride(pick, self.runner.image_size, *image.shape[:2], stride)
+        """`features(photo).strided(stride)`, apart from rounding, float16 [rows, columns, D]; on TensorRT as above."""
+        return features_of_stride(self.runner, *self._squashed(photo), stride)
 
-    def _picker(self, photo: str | Path | np.ndarray) -> tuple[np.ndarray, Pick]:
-        """A photo's pixels, and what picks embeddings from it."""
-        image, runner = _pixels(photo), self.runner
-        pixels = to_pixels(image, runner.image_size)[None]
-        return image, lambda places: runner.features_at(pixels, places)
+    def _squashed(self, photo: str | Path | np.ndarray) -> tuple[np.ndarray, int, int]:
+        """A photo as the network sees it, uint8 [1, S, S, 3], and its own height and width."""
+        image = _pixels(photo)
+        return to_pixels(image, self.runner.image_size)[None], *image.shape[:2]
 
     def features_on_device(self, photo: str | Path | np.ndarray) -> Any:
         """The same, [1, D, G, G], where the network left it: nothing is copied.
@@ -194,7 +191,7 @@ class Segmenter:
             a PyTorch tensor, or an array that `torch.from_dlpack`, `cupy.asarray` and their like take; float32, or
             float16 from TensorRT in fp16.
         """
-        return self.runner.embed(to_pixels(_pixels(photo), self.runner.image_size)[None])
+        return self.runner.embed(self._squashed(photo)[0])
 
     def _checked(self, text: np.ndarray) -> np.ndarray:
         dimension = self.embed(["other"]).shape[1]

@@ -12,6 +12,7 @@ import pytest
 
 from lseg import gpu_windows, run_tensorrt
 from lseg.errors import UserError
+from lseg.features import Features
 from lseg.inference import label_photo
 from lseg.recipes import IMAGE
 from lseg.run_tensorrt import TensorRTRunner
@@ -161,7 +162,7 @@ def test_picked_embeddings(opened, torch_runner, seed, monkeypatch, precision, b
     pixels, text = draw(rng, 8, 5)
     runner.segment(pixels, text)
     places = rng.integers(0, 64, (500, 2))
-    wanted = torch_runner.features_at(pixels[:1], places)
+    wanted = Features(torch_runner.encode_image(pixels[:1])[0], 64, 64, 64).at(places[:, ::-1])
     found = runner.features_at(pixels[:1], places)
     assert (found.shape, found.dtype) == (wanted.shape, np.float16)
     assert np.abs(found.astype(np.float32) - wanted).max() <= bound
@@ -170,6 +171,11 @@ def test_picked_embeddings(opened, torch_runner, seed, monkeypatch, precision, b
     assert runner.features_at(pixels[:1], places[:0]).shape == (0, wanted.shape[1])
     with pytest.raises(UserError, match="no image is given"):
         runner.features_at(pixels[:0], places)
+    with pytest.raises(UserError, match="8 images are more than the one whose pixels are picked"):
+        runner.features_at(pixels, places)
+    for wrong in (-1, 64, 2**32):
+        with pytest.raises(UserError, match="do not fit: give 0 to 63"):
+            runner.features_at(pixels[:1], np.array([[3, 4], [5, wrong]]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -264,6 +270,7 @@ def test_threads_that_share_it(opened, seed):
     works = [
         *(lambda job=job, best=best: runner.segment(*job, best=best) for job in jobs for best in (False, True)),
         lambda: runner.encode_image(jobs[0][0]),
+        lambda: runner.features_at(jobs[0][0], np.argwhere(np.ones((64, 64)))),
         lambda: runner.scores(np.zeros((1, 3, 64, 64), np.float32), jobs[1][1]),
         lambda: label_photo(runner, np.tile(jobs[0][0][0], (2, 1, 1)), jobs[1][1], "window"),
     ]

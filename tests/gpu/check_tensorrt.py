@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 
 from lseg.benchmark import machine, summarise  # noqa: E402
 from lseg.cuda import Device  # noqa: E402
+from lseg.features import Features  # noqa: E402
 from lseg.image import labels_to_photo, read_image, to_pixels  # noqa: E402
 from lseg.inference import label_photo  # noqa: E402
 from lseg.metrics import class_iou, confusion  # noqa: E402
@@ -184,6 +185,12 @@ def accuracy(runner: TensorRTRunner, args: argparse.Namespace) -> dict:
         result[f"{mode}_largest_cosine_difference"] = float(off)
     embeddings = runner.encode_image(photo[None])[0]
     sample = embeddings[:, ::8, ::8]
+    places = np.random.default_rng(1).integers(0, runner.image_size, (40_001, 2))  # in three rounds
+    size = runner.image_size
+    picked = Features(embeddings, size, size, size).at(places[:, ::-1]).astype(np.float32)
+    picked -= runner.features_at(photo[None], places)
+    result["picked_embeddings_largest_difference"] = float(np.abs(picked).max())
+    assert result["picked_embeddings_largest_difference"] <= (2e-3 if runner.identity.precision == "fp32" else 1e-2)
     result["embedding_cosine_min"] = float((sample * reference["photo_embeddings"]).sum(axis=0).min())
     print("  accuracy", {k: round(v, 4) for k, v in result.items()}, flush=True)
     return result
