@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import resource
 import sys
 import time
@@ -39,7 +40,7 @@ from equality_cases import (  # noqa: E402
     expect,
     gap,
 )
-from equality_variants import FORMS, Open, stand_in_world, world  # noqa: E402
+from equality_variants import FORMS, HALF_SUMS, Open, stand_in_world, world  # noqa: E402
 
 from lseg.benchmark import machine, one_line  # noqa: E402
 from lseg.errors import Parser, UserError, run  # noqa: E402
@@ -64,10 +65,13 @@ class Limit:
 
 # The means are the bounds of `lseg.variants`. A photo of noise with hundreds of random labels is made of near-ties, of
 # which 16 bits decide many otherwise: for these only the gap is held for each photo, and the worst share is told.
-# PyTorch's own float16 keeps to them (`--variants torch-fp16`, which a CPU runs when it is named).
+# PyTorch's own float16 keeps to them (`--variants torch-fp16`, which a CPU runs when it is named). Products that are
+# added up in float16, as TensorRT 8 does, have twice the gap: PyTorch made to add up so (`--variants half-sums`) is off
+# by up to 0.0157 on 200 photos, and on the same ones as TensorRT 8.6 on a GPU.
 LIMITS = {
     "fp32": Limit(BOUNDS["fp32"].label_agreement, BOUNDS["fp32"].label_agreement, 2e-5),
     **{p: Limit(BOUNDS[p].label_agreement, 0.0, BOUNDS[p].relative_difference) for p in ("tf32", "fp16", "bf16")},
+    HALF_SUMS: Limit(BOUNDS["fp16"].label_agreement, 0.0, 2 * BOUNDS["fp16"].relative_difference),
 }
 
 TELL = 30  # seconds between lines about how far it is
@@ -187,16 +191,25 @@ def check_all(
         try:
             with opener() as runner:
                 entry["identity"] = str(runner.identity)
+                kind = HALF_SUMS if adds_up_in_float16(entry["identity"], precision) else precision
+                entry["limit"] = kind
                 text = runner.encode_text(tokens)
                 entry["largest_difference_of_words"] = float(np.abs(text - reference.words).max())
                 pairs = progress(list(zip(groups, reference.found, strict=True)), name, args.deadline, keep)
-                entry["cut_short"] = compare(entry, pairs, runner, text, LIMITS[precision]) < len(groups)
+                entry["cut_short"] = compare(entry, pairs, runner, text, LIMITS[kind]) < len(groups)
         except Exception as error:  # whatever a backend throws is its result; the others still have theirs
             entry["error"] = one_line(error)
         keep()
         print(f"{name}: {json.dumps({k: v for k, v in entry.items() if k != 'failures'})}", flush=True)
         for failure in entry.get("failures", ())[:5]:
             print(f"  {failure}", flush=True)
+
+
+def adds_up_in_float16(identity: str, precision: str) -> bool:
+    """Whether a backend's float16 products may have float16 sums: TensorRT 8's, unless a bridge keeps float32."""
+    return precision == HALF_SUMS or (
+        precision == "fp16" and bool(re.match(r"TensorRT 8\.[^ ]*(?<!\+float32) ", identity))
+    )
 
 
 def compare(

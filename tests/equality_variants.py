@@ -19,6 +19,7 @@ from lseg.runner import EngineOptions, Runner, Segmentation, Timings
 from lseg.variants import EVERY, REFERENCE, open_variant, variants_here
 
 FORMS = (("fp32", "4d"), ("fp32", "3d"), ("fp32", "2d"), ("fp16", "4d"), ("fp16", "2d"))
+HALF_SUMS = "half-sums"  # PyTorch's float16 with sums in float16: see half_sums.py
 SCORES = 1024  # images times labels a run of a graph: 1 MB each
 Open = Callable[[], contextlib.AbstractContextManager[Runner]]
 
@@ -28,6 +29,20 @@ def world(args: argparse.Namespace) -> dict[str, tuple[str, Open]]:
     found, here = {}, {variant.name: variant for variant in variants_here()}
     if "torch-fp16" in args.variants.split(",") and REFERENCE in here:  # on a CPU for its rounding, not its speed
         here["torch-fp16"] = next(variant for variant in EVERY if variant.name == "torch-fp16")
+    for layers in ("all", "patches", "others"):
+        name = HALF_SUMS if layers == "all" else f"{HALF_SUMS}-{layers}"
+        if name not in args.variants.split(",") or REFERENCE not in here:
+            continue
+
+        @contextlib.contextmanager
+        def with_half_sums(layers: str = layers) -> Iterator[Runner]:
+            from half_sums import half_sums
+
+            half = replace(next(variant for variant in EVERY if variant.name == "torch-fp16"), compiled=False)
+            with open_variant(half, args.weights, args.onnx, args.engines) as runner, half_sums(layers):
+                yield runner
+
+        found[name] = (HALF_SUMS, with_half_sums)
     for variant in here.values():
         variant = replace(variant, compiled=False)  # to compile for each pair of shapes takes a minute
         opener = lambda variant=variant: open_variant(variant, args.weights, args.onnx, args.engines)  # noqa: E731

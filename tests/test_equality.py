@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import equality
 import equality_cases as cases
+import half_sums
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lseg.runner import Segmentation, Timings
 from lseg.windows import resize_aligned
@@ -106,3 +108,62 @@ def test_it_is_a_script(monkeypatch, capsys):
         runpy.run_path(equality.__file__, run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: this machine cannot run 'nonsense': give 'all' or some of ")
+
+
+@pytest.mark.parametrize(
+    "identity, precision, expected",
+    [
+        ("TensorRT 8.6.0+free (NVIDIA H100), fp16, 4d MatMuls", "fp16", True),
+        ("TensorRT 8.6.0+typed (NVIDIA H100), fp16, 4d MatMuls", "fp16", True),
+        ("TensorRT 8.6.0+float32 (NVIDIA H100), fp16, 4d MatMuls", "fp16", False),
+        ("TensorRT 10.13.0 (NVIDIA H100), fp16, 4d MatMuls", "fp16", False),
+        ("TensorRT 8.6.0+free (NVIDIA H100), fp32, 4d MatMuls", "fp32", False),
+        ("PyTorch 2.14 (CPU), fp16", "fp16", False),
+        ("PyTorch 2.14 (CPU), fp16", equality.HALF_SUMS, True),
+    ],
+)
+def test_whose_sums_are_in_float16(identity, precision, expected):
+    assert equality.adds_up_in_float16(identity, precision) == expected
+
+
+class TestHalfSums:
+    """What half_sums.py puts in the place of PyTorch's products."""
+
+    def test_a_sum_is_rounded_every_sixteen_products(self, seed):
+        rng = np.random.default_rng(seed)
+        a, b = (rng.standard_normal(shape).astype(np.float16) for shape in ((7, 70), (70, 5)))
+        total = np.zeros((7, 5), np.float16)
+        for start in range(0, 70, 16):
+            part = a[:, start : start + 16].astype(np.float64) @ b[start : start + 16].astype(np.float64)
+            total = (total + part).astype(np.float16)
+        found = half_sums.product(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+        assert (
+            np.abs(found - total.astype(np.float64)).max() <= 2**-7
+        )  # a last place here and there, of numbers below 32
+
+    @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": (1, 2)}, {"dilation": 2}])
+    def test_layers(self, seed, options):
+        torch.manual_seed(seed)
+        image, weight, bias = torch.randn(2, 6, 13, 15), torch.randn(5, 6, 3, 3), torch.randn(5)
+        x, matrix = torch.randn(2, 3, 40), torch.randn(8, 40)
+        own = F.linear(x.half(), matrix.half())
+        wide = F.conv2d(image, weight, bias, **options)
+        with half_sums.half_sums():
+            assert torch.equal(F.conv2d(image, weight, bias, **options), wide)  # float32 is left alone
+            found = F.conv2d(image.half(), weight.half(), bias.half(), **options)
+            line = F.linear(x.half(), matrix.half())
+        exact = F.conv2d(image.half().double(), weight.half().double(), bias.half().double(), **options)
+        with half_sums.half_sums("patches"):
+            assert not torch.equal(F.conv2d(image.half(), weight.half(), bias.half(), **options), found)
+            assert torch.equal(F.linear(x.half(), matrix.half()), own)
+        assert found.shape == exact.shape and 0 < (found - exact).abs().max() < 0.1
+        assert 0 < (line - F.linear(x.half().double(), matrix.half().double())).abs().max() < 0.1
+
+    def test_patches_and_others(self, seed):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(1, 3, 32, 32).half(), torch.randn(4, 3, 8, 8).half()
+        with half_sums.half_sums():
+            wanted = F.conv2d(x, weight, stride=8)
+        for layers, same in (("patches", True), ("others", False)):
+            with half_sums.half_sums(layers):
+                assert torch.equal(F.conv2d(x, weight, stride=8), wanted) == same
