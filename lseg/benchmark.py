@@ -51,10 +51,15 @@ def segment_call(runner: Runner, pixels: np.ndarray, text: np.ndarray) -> Call:
 
 def text_call(runner: Runner, tokens: np.ndarray) -> Call:
     """From tokens to embeddings, both on the host: milliseconds of "encode_text"."""
+    return timed_call("encode_text", lambda: runner.encode_text(tokens))
+
+
+def timed_call(stage: str, work: Callable[[], object]) -> Call:
+    """Any work, as one stage."""
 
     def call() -> dict[str, float]:
         timings = Timings()
-        timings.measure("encode_text", lambda: runner.encode_text(tokens))
+        timings.measure(stage, work)
         return timings.milliseconds
 
     return call

@@ -109,10 +109,8 @@ def open_backend(backend: str, model: Model, engines: EngineOptions, say: Callab
     Raises:
         UserError: see `lseg.runner.open_runner`.
     """
-    from lseg.recipes import check_batch
     from lseg.runner import available_backends, choose_backend, open_runner
 
-    check_batch(engines.batch, engines.matmul)  # also where the machine lacks what it is for
     chosen = choose_backend(backend)
     if chosen != "torch":
         export_missing(model)

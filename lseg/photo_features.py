@@ -12,14 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import (
-    Features,
-    check_mask,
-    check_points,
-    read_points,
-    read_region_mask,
-    write_features,
-)
+from lseg.features import Features, check_mask, check_points, read_points, read_region_mask, write_features
 from lseg.image import to_pixels
 from lseg.photos import Group, Task, run_tasks
 from lseg.picking import plan_points, plan_stride

@@ -17,7 +17,7 @@ from lseg.errors import UserError
 from lseg.gpu_windows import label_windows
 from lseg.loaded_engine import to_float32
 from lseg.onnx_file import checked_image, checked_text
-from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe, check_batch
+from lseg.recipes import LABELS_A_PASS, MAX_BATCH, Recipe
 from lseg.runner import EngineOptions, Identity, Segmentation, Timings
 from lseg.slots import AT_ONCE, Slot, Slots
 from lseg.stages import Stages
@@ -62,7 +62,6 @@ class TensorRTRunner:
             raise UserError("no GPU is there, or its driver does not answer: choose --backend onnxruntime or torch")
         trt = import_tensorrt()
         precision, matmul = options.precision, options.matmul or DEFAULT_MATMUL[options.precision]
-        check_batch(options.batch, matmul)
         self.use_graphs = cuda_graphs
         digest, metadata = checked_image(folder, weights)
         recipe = Recipe(

@@ -14,6 +14,7 @@ import numpy as np
 
 from lseg.errors import UserError
 from lseg.image import normalise
+from lseg.recipes import check_batch
 
 if TYPE_CHECKING:
     from lseg.windows import Inference
@@ -234,6 +235,10 @@ class EngineOptions:
     optimization_level: int = 3
     say: Callable[[str], object] = print
     batch: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where no engine is of so many images, also on a machine without what engines are for."""
+        check_batch(self.batch, self.matmul)
 
 
 def open_runner(

@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from model_options import add_model_options  # noqa: E402
 
 from lseg import Segmenter  # noqa: E402
-from lseg.benchmark import interleaved, machine  # noqa: E402
+from lseg.benchmark import interleaved, machine, timed_call  # noqa: E402
 from lseg.image import read_image  # noqa: E402
 
 STRIDE, POINTS = 8, 10_000
@@ -32,11 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--photo", type=Path, default=ROOT / "image" / "temple.jpg")
-    parser.add_argument("--backend", default="auto")
+    add_model_options(parser)
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--weights", default="demo")
-    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
-    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5)
     return parser.parse_args()
@@ -59,7 +55,8 @@ def main(args: argparse.Namespace) -> None:
         report["largest_difference"] = [
             float(np.abs(a - b).max()) for a, b in ((picked, whole), (picked_points, whole_points))
         ]
-        found, errors = interleaved({name: timed(way) for name, way in ways.items()}, args.warmup, args.runs)
+        calls = {name: timed_call("total", way) for name, way in ways.items()}
+        found, errors = interleaved(calls, args.warmup, args.runs)
     if errors:
         raise SystemExit(f"error: {errors}")
     report["milliseconds"] = {name: stages["total"] for name, stages in found.items()}
@@ -67,15 +64,6 @@ def main(args: argparse.Namespace) -> None:
     if not max(report["largest_difference"]) <= (2e-3 if "fp32" in report["backend"] else 1e-2):
         raise SystemExit(f"error: the two ways differ by {report['largest_difference']}")
     print(json.dumps(report["milliseconds"], indent=1), report["largest_difference"])
-
-
-def timed(work: Callable[[], np.ndarray]) -> Callable[[], dict[str, float]]:
-    def call() -> dict[str, float]:
-        start = time.perf_counter()
-        work()
-        return {"total": (time.perf_counter() - start) * 1e3}
-
-    return call
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model_options import add_model_options  # noqa: E402
+
 from enginerun import LABELS  # noqa: E402
 
 
@@ -27,12 +29,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--backend", default="auto")
+    add_model_options(parser)
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--batch", type=int, default=1, help="photos a run of the network")
-    parser.add_argument("--weights", default="demo")
-    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
-    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
     return parser.parse_args()
 
 

@@ -19,6 +19,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from model_options import add_model_options
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 
@@ -29,10 +31,7 @@ LABELS = 150
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--weights", default="demo")
-    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
-    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
+    add_model_options(parser)
     parser.add_argument("--modes", default="whole,window")
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--runs", type=int, default=3)

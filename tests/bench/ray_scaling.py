@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from model_options import add_model_options
 from usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,11 +44,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240, help="no run begins that would end later (default: 240)")
     parser.add_argument("--gpus", default=None, help="numbers of GPUs, separated by commas (default: 1, 2, 4, .. all)")
-    parser.add_argument("--backend", default="tensorrt")
+    add_model_options(parser, backend="tensorrt")
     parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--weights", default="demo")
-    parser.add_argument("--onnx", type=Path, default=ROOT / "onnx")
-    parser.add_argument("--engines", type=Path, default=ROOT / "engines")
     parser.add_argument("--part", type=int, default=32)
     parser.add_argument("--no-label-maps", action="store_true", help="write parts alone")
     parser.add_argument(
