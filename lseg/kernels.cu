@@ -177,6 +177,12 @@ __device__ inline void weigh(const float *inverse, int s, int y, int x, int top,
 // Where the 3 x 3 begin, for a pixel of the full grid.
 __device__ inline int origin(int at, int s) { return tap(tap(at, 2 * s, 4 * s).first, s, 2 * s).first; }
 
+// Where in a plane of z the 3 x 3 lie; beyond its edges, where weights are 0, they are the edge's.
+__device__ inline void surround(int top, int left, int s, int place[9]) {
+#pragma unroll
+    for (int k = 0; k < 9; ++k) place[k] = min(top + k / 3, s - 1) * s + min(left + k % 3, s - 1);
+}
+
 // Unit embeddings of K pixels of the full grid, from one image's z: float16 [K, D]. places: int32 [K, 2], each one's row
 // and column. The channels are gone through twice: for the length, then for what is written.
 template <typename T>
@@ -186,8 +192,7 @@ __device__ inline void pick(const T *z, const float *inverse, int D, int s, cons
     int y = places[2 * k], x = places[2 * k + 1], top = origin(y, s), left = origin(x, s);
     float weights[9], length = 0;
     weigh(inverse, s, y, x, top, left, weights);
-#pragma unroll
-    for (int i = 0; i < 9; ++i) place[i] = min(top + i / 3, s - 1) * s + min(left + i % 3, s - 1);
+    surround(top, left, s, place);
     for (int pass = 0; pass < 2; ++pass) {
         float scale = length <= 0 ? 0 : 1 / sqrtf(length);
         const T *plane = z;
@@ -213,8 +218,7 @@ __device__ inline void label(const T *dots, const float *inverse, int N, int s, 
     weigh(inverse + (long long)b * 4 * s * s, s, y, x, top, left, upper);
     weigh(inverse + (long long)b * 4 * s * s, s, y + 1, x, top, left, lower);
     int place[9];
-#pragma unroll
-    for (int k = 0; k < 9; ++k) place[k] = min(top + k / 3, s - 1) * s + min(left + k % 3, s - 1);
+    surround(top, left, s, place);
     long long first = ((long long)b * full + y) * full + x, second = first + full;
     float high = offset ? best[first] : -2, low = offset ? best[second] : -2;  // -2 is below every cosine
     int above = -1, below = -1;
@@ -252,8 +256,7 @@ __device__ inline void add_scores(const T *dots, const float *inverse, int N, in
         int top = origin(row, s), left = origin(column, s), place[9];
         float weights[9], share = rows[y] * columns[x];
         weigh(inverse + (long long)b * 4 * s * s, s, row, column, top, left, weights);
-#pragma unroll
-        for (int k = 0; k < 9; ++k) place[k] = min(top + k / 3, s - 1) * s + min(left + k % 3, s - 1);
+        surround(top, left, s, place);
         const T *plane = dots + (long long)b * N * s * s;
         for (int n = 0; n < N; ++n, plane += s * s) {
             float score = 0;

@@ -14,7 +14,7 @@ from lseg.tensorfile import sha256_once
 if TYPE_CHECKING:
     import onnx
 
-RECIPE = 5  # raise it when a graph below changes: engines of an older recipe are built again
+RECIPE = 6  # raise it when a graph below changes: engines of an older recipe are built again
 MAX_BATCH = 8
 LABELS_A_PASS = 256  # the largest number of labels that uint8 indices tell apart
 USUAL_LABELS = 8
@@ -124,12 +124,12 @@ class Recipe:
         if name == "text":
             return rewrite_matmuls(scoring.load_encoder(self.folder / TEXT_ONNX), self.spec("text").matmul)
         core = scoring.cut_head(scoring.load_encoder(self.folder / IMAGE_ONNX))
+        if self.precision in ("fp16", "bf16"):
+            core = patches_as_product(core)
         if self.matmul == "2d":
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)
         else:
             core = pad_tokens(rewrite_matmuls(core, self.matmul, apart=self.fused), self.token_multiple)
-        if self.fused:
-            core = patches_as_product(core)
         core = {"fp16": to_float16, "bf16": to_bfloat16}.get(self.precision, lambda same: same)(core)
         if name == "labels":
             return scoring.label_graph(core)

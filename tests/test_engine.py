@@ -149,7 +149,7 @@ def accumulators(serialized: bytes) -> Counter[int]:
 def test_linear_layers_accumulate_in_float32(trt, demo, tmp_path, monkeypatch, matmul):
     """With float16 weights all the same: the engine is no larger than with products as they were."""
     made, found = recipe_of(demo, "fp16", matmul), {}
-    layers = 4 * made.config["depth"]  # a block has four, q, k and v together
+    layers = 4 * made.config["depth"] + 1  # a block has four, q, k and v together; and the patch embedding
     for name, least in (("image", layers), ("dots", 1)):
         serialized = build(made, name, tmp_path)
         assert accumulators(serialized)[2] >= least and (matmul == "2d" or not accumulators(serialized)[0]), name

@@ -206,6 +206,17 @@ def test_patches_as_a_product(exported, seed, batch):
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("matmul", ["4d", "3d", "2d"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_where_patches_are_a_product(exported, precision, matmul):
+    """In 16 bits, in every form: a convolution may add up in float16. In float32 it stays one."""
+    model = recipe(exported[0], precision, matmul).prepare("image")
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    embeds = [node for node in convolutions if weights[node.input[1]][1:] == [3, 16, 16]]
+    assert len(embeds) == (1 if precision == "fp32" else 0)
+
+
 @pytest.mark.parametrize("change", ["stride", "no bias", "two readers", "another transpose"])
 def test_other_first_layers_stay(exported, change):
     core = scoring.cut_head(scoring.load_encoder(exported[0] / IMAGE_ONNX))
