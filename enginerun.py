@@ -146,16 +146,18 @@ def segment_the_photos(args: argparse.Namespace) -> int:
 def write_features_of(args: argparse.Namespace) -> int:
     from lseg.photo_features import FILES, FeatureFiles, write_photo_features
 
-    wanted = FeatureFiles(args.features, args.stride, args.points, args.regions, args.resume)
+    wanted = FeatureFiles(args.features, args.stride, args.points, args.regions, args.resume, args.weights)
     photos, notes = find_photos(args)
     tasks = wanted.tasks(photos)
     for note in notes:
         speaker(args)(f"note: {note}")
+    if others := wanted.made_otherwise(tasks):
+        speaker(args)(f"note: {others} files were made with other weights or options, and are made anew")
     folder = args.features.parent if args.features.suffix.lower() in FILES else args.features
 
     def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:
         say = speaker(args)
-        return write_photo_features(tasks, runner, wanted, args.weights, timings, say, args.quiet), ""
+        return write_photo_features(tasks, runner, wanted, timings, say, args.quiet), ""
 
     return run_photos(args, photos, tasks, folder, work)
 

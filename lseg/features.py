@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -196,7 +197,21 @@ def read_features(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, ob
 
     with _reading(path, "write it again"), open(path, "rb"), safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}
-        return arrays, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        return arrays, _metadata(file)
+
+
+def read_about(path: str | Path) -> dict[str, object]:
+    """The `about` alone, of a file whose arrays are not looked at; nothing where they or it are missing or damaged."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    try:
+        if _suffix(path) == ".npy":
+            return {**json.loads(path.with_name(f"{path.name}.json").read_bytes())} if path.is_file() else {}
+        with open(path, "rb"), safe_open(path, "np") as file:
+            return _metadata(file)
+    except Exception:  # a damaged file can fail in any way
+        return {}
 
 
 def read_points(path: str | Path) -> np.ndarray:
@@ -230,6 +245,10 @@ def read_region_mask(path: str | Path) -> np.ndarray:
     if mask is None or mask.ndim != 2 or data[:4] != b"\x89PNG" or tuple(data[24:26]) not in ((8, 0), (16, 0)):
         raise UserError(f"{path} is damaged or no PNG of one channel with 8 or 16 bits: {PNG}")
     return mask
+
+
+def _metadata(file: Any) -> dict[str, object]:
+    return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
 
 
 def _suffix(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""What a picture was made with, in the picture: so that an earlier run's with other labels is not taken for this one's.
+"""What a run's files were made with, in the files: so that an earlier run's are not taken for this one's.
 
-It stands in a text chunk of the PNG, right behind the header, where no viewer shows it.
+In a picture it stands in a text chunk of the PNG, right behind the header, where no viewer shows it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def digest(
     about: list[object] = [sha256_once(resolve(weights)), sha256_once(text_onnx) if there else None]
     about += [vocabulary.labels.names, vocabulary.texts]
     about += [vocabulary.owner.tolist(), list(templates), *options]
+    return short_digest(about)
+
+
+def short_digest(about: object) -> str:
+    """32 characters that stand for a value that JSON can hold."""
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 

@@ -12,12 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lseg.errors import UserError
-from lseg.features import Features, check_mask, check_points, read_points, read_region_mask, write_features
+from lseg.features import (
+    Features,
+    check_mask,
+    check_points,
+    read_about,
+    read_points,
+    read_region_mask,
+    write_features,
+)
 from lseg.image import to_pixels
+from lseg.made_with import short_digest
 from lseg.photos import Group, Task, run_tasks
 from lseg.picking import plan_points, plan_stride
 from lseg.runner import Runner, Timings
 from lseg.sources import FEATURES, Photo, output_names
+from lseg.tensorfile import sha256_once
+from lseg.weights import resolve
 
 FILES = (".npy", ".safetensors")
 OTHER_FILES = (".npz", ".pt", ".pth", ".json", ".txt", ".h5", ".png", ".bin")  # what is no folder's name either
@@ -43,7 +54,8 @@ class FeatureFiles:
             own grid has along the longer side.
         points: file of "x y" lines, or None.
         regions: file of a mask of the photos' size, or None.
-        resume: leave out photos whose files are there.
+        resume: leave out photos whose files are there, made with the same weights, stride, points or mask.
+        weights: as `--weights`.
     """
 
     output: Path
@@ -51,6 +63,7 @@ class FeatureFiles:
     points: Path | None = None
     regions: Path | None = None
     resume: bool = False
+    weights: str = "demo"
 
     def tasks(self, photos: Sequence[Photo]) -> list[Task]:
         """Each photo with its file; to resume, those that are not done.
@@ -82,7 +95,17 @@ class FeatureFiles:
             names = output_names(photos, self.output)
             files = [self.output / name.with_name(f"{name.name}{FEATURES}") for name in names]
             tasks = list(zip(photos, files, strict=True))
-        return [task for task in tasks if not (self.resume and task[1].exists())]
+        return [task for task in tasks if not (self.resume and read_about(task[1]).get("made_with") == self.made_with)]
+
+    def made_otherwise(self, tasks: Sequence[Task]) -> int:
+        """How many of the photos have a file that another run made, with something else."""
+        return sum(path.exists() for _, path in tasks) if self.resume else 0
+
+    @cached_property
+    def made_with(self) -> str:
+        """What stands for all that decides a photo's embeddings but the backend: the weights' bytes, not their name."""
+        points, mask = (None if wish is None else wish.tolist() for wish in self.wishes)
+        return short_digest([sha256_once(resolve(self.weights)), self.stride, points, mask])
 
     @cached_property
     def wishes(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -95,7 +118,6 @@ def write_photo_features(
     tasks: Sequence[Task],
     runner: Runner,
     wanted: FeatureFiles,
-    weights: str,
     timings: Timings,
     say: Callable[[str], object],
     quiet: bool = False,
@@ -158,8 +180,8 @@ def write_photo_features(
         return Made(arrays, about, taken)
 
     def store(task: Task, made: Made) -> tuple[Path, None, Timings]:
-        about = {"photo": task[0].shown, "weights": Path(weights).name, "text_encoder": runner.text_encoder}
-        about |= {"made_by": str(runner.identity), **made.about}
+        about = {"photo": task[0].shown, "weights": Path(wanted.weights).name, "text_encoder": runner.text_encoder}
+        about |= {"made_by": str(runner.identity), "made_with": wanted.made_with, **made.about}
         made.taken.measure("draw", lambda: write_features(task[1], made.arrays(), about))
         return task[1], None, made.taken
 

@@ -11,7 +11,7 @@ from test_enginerun import names, save
 
 from lseg import Segmenter
 from lseg.errors import short
-from lseg.features import query, read_features
+from lseg.features import query, read_features, write_features
 from lseg.image import read_image
 
 
@@ -38,6 +38,47 @@ def test_of_a_folder(tiny, tmp_path, segment, seed):
     (tmp_path / "in" / "bad.png").unlink()
     code, lines, _ = segment(tmp_path / "in", "--features", out, "--resume")
     assert (code, lines) == (0, ["note: 3 of 3 photos are done already"])
+
+
+def test_resume_with_something_else(tiny, tmp_path, segment, seed):
+    """What was made with another stride, other points or weights, or tells of nothing, is made anew."""
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, seed)
+    np.save(tmp_path / "points.npy", np.array([[1, 2], [30, 40]]))
+    out, done = tmp_path / "out", ["note: 2 of 2 photos are done already"]
+    other = "note: {} files were made with other weights or options, and are made anew"
+
+    def go(*more: object) -> list[str]:
+        code, told, err = segment(tmp_path / "in", "--features", out, "--resume", *more)
+        assert (code, err) == (0, [])
+        return told
+
+    assert "are made anew" not in " ".join(go())
+    assert go() == done
+    for more in (("--stride", 5), ("--points", tmp_path / "points.npy")):
+        assert go(*more)[0] == other.format(2)
+        assert go(*more) == done
+    np.save(tmp_path / "points.npy", np.array([[1, 2], [30, 41]]))
+    assert go("--points", tmp_path / "points.npy")[0] == other.format(2)
+    file = out / "b_features.safetensors"
+    arrays, about = read_features(file)
+    assert about["points"] == [[1, 2], [30, 41]]
+    write_features(file, arrays, {**about, "made_with": "another run's"})
+    assert go("--points", tmp_path / "points.npy")[:2] == [other.format(1), "note: 1 of 2 photos are done already"]
+    file.write_bytes(file.read_bytes()[:20])
+    assert go("--points", tmp_path / "points.npy")[:2] == [other.format(1), "note: 1 of 2 photos are done already"]
+    assert read_features(file)[1] == about
+
+
+def test_resume_of_one_array(photo, tmp_path, segment):
+    """An .npy is done with the JSON beside it, not without."""
+    again = (photo, "--features", tmp_path / "f.npy", "--resume")
+    assert segment(*again)[0] == 0
+    assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
+    for missing in ("f.npy", "f.npy.json"):
+        (tmp_path / missing).unlink()
+        assert segment(*again)[1][-1].startswith("milliseconds")
+        assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
 
 
 def test_a_map_asked_with_new_words(tiny, photo, tmp_path, segment):
