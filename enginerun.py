@@ -152,7 +152,7 @@ def write_features_of(args: argparse.Namespace) -> int:
     for note in notes:
         speaker(args)(f"note: {note}")
     if others := wanted.made_otherwise(tasks):
-        speaker(args)(f"note: {others} files were made with other weights or options, and are made anew")
+        speaker(args)(f"note: {others} files were made with something else, or do not tell, and are made anew")
     folder = args.features.parent if args.features.suffix.lower() in FILES else args.features
 
     def work(tasks: list[Task], runner: Runner, timings: Timings) -> tuple[int, str]:

@@ -200,16 +200,17 @@ def read_features(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, ob
         return arrays, _metadata(file)
 
 
-def read_about(path: str | Path) -> dict[str, object]:
-    """The `about` alone, of a file whose arrays are not looked at; nothing where they or it are missing or damaged."""
+def read_about(path: str | Path, keys: Sequence[str]) -> dict[str, object]:
+    """Some of `about`, whatever it holds besides; nothing where it or the arrays are missing or damaged."""
     from safetensors import safe_open
 
     path = Path(path)
     try:
         if _suffix(path) == ".npy":
-            return {**json.loads(path.with_name(f"{path.name}.json").read_bytes())} if path.is_file() else {}
+            told = json.loads(path.with_name(f"{path.name}.json").read_bytes()) if path.is_file() else {}
+            return {key: told[key] for key in keys if key in told}
         with open(path, "rb"), safe_open(path, "np") as file:
-            return _metadata(file)
+            return _metadata(file, keys)
     except Exception:  # a damaged file can fail in any way
         return {}
 
@@ -247,8 +248,9 @@ def read_region_mask(path: str | Path) -> np.ndarray:
     return mask
 
 
-def _metadata(file: Any) -> dict[str, object]:
-    return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+def _metadata(file: Any, keys: Sequence[str] | None = None) -> dict[str, object]:
+    told = file.metadata() or {}
+    return {key: json.loads(value) for key, value in told.items() if keys is None or key in keys}
 
 
 def _suffix(path: Path) -> str:

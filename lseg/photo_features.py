@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class FeatureFiles:
             own grid has along the longer side.
         points: file of "x y" lines, or None.
         regions: file of a mask of the photos' size, or None.
-        resume: leave out photos whose files are there, made with the same weights, stride, points or mask.
+        resume: leave out photos whose files are there, made with the same weights, stride, points or mask; of a file
+            that is named, of the same photo too.
         weights: as `--weights`.
     """
 
@@ -69,7 +71,7 @@ class FeatureFiles:
         """Each photo with its file; to resume, those that are not done.
 
         Raises:
-            UserError: one file is named for several photos, or the stride, points or mask cannot be used.
+            UserError: one file is named for several photos, or the stride, points, mask or weights cannot be used.
         """
         if self.stride is not None and self.stride < 1:
             raise UserError(f"--stride {self.stride} cannot be: give 1 or more")
@@ -85,17 +87,23 @@ class FeatureFiles:
                 raise UserError(f"{self.output} is one file for {len(photos)} photos: name a folder")
             if self.output.is_dir():
                 raise UserError(f"{self.output} is a folder: name a file in it")
-            for other in (self.points, self.regions):
+            for other in (self.points, self.regions, resolve(self.weights)):
                 if other and other.exists() and self.output.exists() and self.output.samefile(other):
                     raise UserError(f"{self.output} is read and would be written: choose another --features")
             if self.regions and self.output.suffix.lower() == ".npy":
                 raise UserError(f"{self.output}: regions have ids too, so give a name that ends in .safetensors")
-            tasks = [(photos[0], self.output)]
-        else:
-            names = output_names(photos, self.output)
-            files = [self.output / name.with_name(f"{name.name}{FEATURES}") for name in names]
-            tasks = list(zip(photos, files, strict=True))
-        return [task for task in tasks if not (self.resume and read_about(task[1]).get("made_with") == self.made_with)]
+            return [] if self._is_done(self.output, photos[0].shown) else [(photos[0], self.output)]
+        names = output_names(photos, self.output)
+        files = [self.output / name.with_name(f"{name.name}{FEATURES}") for name in names]
+        return [task for task in zip(photos, files, strict=True) if not self._is_done(task[1])]
+
+    def _is_done(self, path: Path, photo: str | None = None) -> bool:
+        """Whether a run is resumed that made the file, if `photo` is given of this one."""
+        made_with = self.made_with  # also where no run is resumed: weights that cannot be read are told of now
+        if not self.resume:
+            return False
+        told = read_about(path, ("made_with", "photo"))
+        return told.get("made_with") == made_with and photo in (None, told.get("photo"))
 
     def made_otherwise(self, tasks: Sequence[Task]) -> int:
         """How many of the photos have a file that another run made, with something else."""
@@ -104,14 +112,20 @@ class FeatureFiles:
     @cached_property
     def made_with(self) -> str:
         """What stands for all that decides a photo's embeddings but the backend: the weights' bytes, not their name."""
-        points, mask = (None if wish is None else wish.tolist() for wish in self.wishes)
-        return short_digest([sha256_once(resolve(self.weights)), self.stride, points, mask])
+        return short_digest([sha256_once(resolve(self.weights)), self.stride, *map(_array_digest, self.wishes)])
 
     @cached_property
     def wishes(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The points and the mask, read once."""
         points = read_points(self.points) if self.points else None
         return points, read_region_mask(self.regions) if self.regions else None
+
+
+def _array_digest(values: np.ndarray | None) -> list[object]:
+    if values is None:
+        return []
+    values = np.ascontiguousarray(values)
+    return [values.shape, values.dtype.str, hashlib.sha256(values).hexdigest()]
 
 
 def write_photo_features(

@@ -27,8 +27,7 @@ class Slot:
 
     def __init__(self, stages: Stages, index: int):
         self.index, self.lock, self._stages = index, threading.Lock(), stages
-        # To wait for them keeps a core busy. Events that block would leave 0.7 of it to others, but tell of the end
-        # 0.2 ms later (H100, TensorRT 8.6, one image and eight).
+        # To wait for them keeps a core busy; events that block would leave it to others, and tell of the end later.
         self.begun, self.done = (stages.device.driver.Event() for _ in range(2))
         self._text: np.ndarray | None = None  # the texts that the GPU holds
 

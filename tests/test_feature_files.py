@@ -46,7 +46,7 @@ def test_resume_with_something_else(tiny, tmp_path, segment, seed):
         save(tmp_path / "in" / name, seed)
     np.save(tmp_path / "points.npy", np.array([[1, 2], [30, 40]]))
     out, done = tmp_path / "out", ["note: 2 of 2 photos are done already"]
-    other = "note: {} files were made with other weights or options, and are made anew"
+    other = "note: {} files were made with something else, or do not tell, and are made anew"
 
     def go(*more: object) -> list[str]:
         code, told, err = segment(tmp_path / "in", "--features", out, "--resume", *more)
@@ -72,6 +72,7 @@ def test_resume_with_something_else(tiny, tmp_path, segment, seed):
 
 def test_resume_of_one_array(photo, tmp_path, segment):
     """An .npy is done with the JSON beside it, not without."""
+    other = save(tmp_path / "other.png", 1)
     again = (photo, "--features", tmp_path / "f.npy", "--resume")
     assert segment(*again)[0] == 0
     assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
@@ -79,6 +80,8 @@ def test_resume_of_one_array(photo, tmp_path, segment):
         (tmp_path / missing).unlink()
         assert segment(*again)[1][-1].startswith("milliseconds")
         assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
+    assert segment(other, *again[1:])[1][-1].startswith("milliseconds")  # another photo
+    assert read_features(tmp_path / "f.npy")[1]["photo"].endswith("other.png")
 
 
 def test_a_map_asked_with_new_words(tiny, photo, tmp_path, segment):
@@ -146,6 +149,27 @@ def test_what_cannot_be(photo, tmp_path, segment, monkeypatch, options, message)
     code, lines, err = segment("photo.png", *options)
     assert (code, lines) == (2, []) and err[0].startswith(f"error: {message}") and len(err) == 1
     assert names(tmp_path) == ["mask.png", "none.npy", "other.png", "p.npy", "photo.png"]
+
+
+def test_weights_are_not_written_over(tiny, photo, tmp_path, segment):
+    """Named by mistake as the file to write."""
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(Path(tiny.weights).read_bytes())
+    for more in ((), ("--resume",)):
+        code, _, err = segment(photo, "--features", weights, "--weights", weights, *more)
+        assert code == 2 and err == [f"error: {weights} is read and would be written: choose another --features"]
+    assert weights.read_bytes() == Path(tiny.weights).read_bytes()
+
+
+def test_the_mask_counts(photo, tmp_path, segment):
+    """Its values and their place decide what is done already."""
+    masks, out = [np.ones((70, 90), np.uint8) for _ in range(3)], tmp_path / "f.safetensors"
+    masks[1][0, 0] = masks[2][0, 1] = 2
+    for mask in masks:
+        cv2.imwrite(str(tmp_path / "mask.png"), mask)
+        again = (photo, "--features", out, "--regions", tmp_path / "mask.png", "--resume")
+        assert segment(*again)[1][-1].startswith("milliseconds")
+        assert segment(*again)[1] == ["note: 1 of 1 photos are done already"]
 
 
 def test_a_point_outside(photo, tmp_path, segment):
