@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside another worker; before torch is imported, and for subprocesses as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes or gigabytes as well")
