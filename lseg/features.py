@@ -182,15 +182,14 @@ def write_features(path: str | Path, arrays: dict[str, np.ndarray], about: dict[
     file = io.BytesIO()
     np.save(file, arrays["features"], allow_pickle=False)
     text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
-    write_files({path: file.getvalue(), path.with_name(f"{path.name}.json"): text.encode("utf-8", "backslashreplace")})
+    write_files({path: file.getvalue(), _beside(path): text.encode("utf-8", "backslashreplace")})
 
 
 def read_features(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """The arrays and `about` that `write_features` wrote."""
     path = Path(path)
     if _suffix(path) == ".npy":
-        beside = path.with_name(f"{path.name}.json")
-        features = _load(path)
+        features, beside = _load(path), _beside(path)
         with _reading(beside, f"copy it along with {path.name}, or write both again"):
             return {"features": features}, {**json.loads(beside.read_bytes())}
     from safetensors import safe_open
@@ -207,7 +206,7 @@ def read_about(path: str | Path, keys: Sequence[str]) -> dict[str, object]:
     path = Path(path)
     try:
         if _suffix(path) == ".npy":
-            told = json.loads(path.with_name(f"{path.name}.json").read_bytes()) if path.is_file() else {}
+            told = json.loads(_beside(path).read_bytes()) if path.is_file() else {}
             return {key: told[key] for key in keys if key in told}
         with open(path, "rb"), safe_open(path, "np") as file:
             return _metadata(file, keys)
@@ -246,6 +245,11 @@ def read_region_mask(path: str | Path) -> np.ndarray:
     if mask is None or mask.ndim != 2 or data[:4] != b"\x89PNG" or tuple(data[24:26]) not in ((8, 0), (16, 0)):
         raise UserError(f"{path} is damaged or no PNG of one channel with 8 or 16 bits: {PNG}")
     return mask
+
+
+def _beside(path: Path) -> Path:
+    """What is known of the array in an .npy."""
+    return path.with_name(f"{path.name}.json")
 
 
 def _metadata(file: Any, keys: Sequence[str] | None = None) -> dict[str, object]:

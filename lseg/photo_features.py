@@ -92,18 +92,19 @@ class FeatureFiles:
                     raise UserError(f"{self.output} is read and would be written: choose another --features")
             if self.regions and self.output.suffix.lower() == ".npy":
                 raise UserError(f"{self.output}: regions have ids too, so give a name that ends in .safetensors")
-            return [] if self._is_done(self.output, photos[0].shown) else [(photos[0], self.output)]
-        names = output_names(photos, self.output)
-        files = [self.output / name.with_name(f"{name.name}{FEATURES}") for name in names]
-        return [task for task in zip(photos, files, strict=True) if not self._is_done(task[1])]
+            tasks = [(photos[0], self.output)]
+        else:
+            names = output_names(photos, self.output)
+            files = [self.output / name.with_name(f"{name.name}{FEATURES}") for name in names]
+            tasks = list(zip(photos, files, strict=True))
+        _ = self.made_with  # says so now if the weights cannot be read
+        return [task for task in tasks if not (self.resume and self._is_done(*task))]
 
-    def _is_done(self, path: Path, photo: str | None = None) -> bool:
-        """Whether a run is resumed that made the file, if `photo` is given of this one."""
-        made_with = self.made_with  # also where no run is resumed: weights that cannot be read are told of now
-        if not self.resume:
-            return False
+    def _is_done(self, photo: Photo, path: Path) -> bool:
+        """Whether a run with the same made the file: one that is named, of this photo."""
         told = read_about(path, ("made_with", "photo"))
-        return told.get("made_with") == made_with and photo in (None, told.get("photo"))
+        alike = told.get("made_with") == self.made_with
+        return alike and (path != self.output or told.get("photo") == photo.shown)
 
     def made_otherwise(self, tasks: Sequence[Task]) -> int:
         """How many of the photos have a file that another run made, with something else."""

@@ -52,9 +52,14 @@ class Recipe:
     batch: int | None = None
 
     @property
+    def half(self) -> bool:
+        """Whether it is in 16 bits."""
+        return self.precision in ("fp16", "bf16")
+
+    @property
     def fused(self) -> bool:
         """Whether TensorRT makes one kernel of an attention: in 16 bits, and not of the 2-D form."""
-        return self.matmul != "2d" and self.precision in ("fp16", "bf16")
+        return self.half and self.matmul != "2d"
 
     @property
     def token_multiple(self) -> int:
@@ -124,7 +129,7 @@ class Recipe:
         if name == "text":
             return rewrite_matmuls(scoring.load_encoder(self.folder / TEXT_ONNX), self.spec("text").matmul)
         core = scoring.cut_head(scoring.load_encoder(self.folder / IMAGE_ONNX))
-        if self.precision in ("fp16", "bf16"):
+        if self.half:
             core = patches_as_product(core)
         if self.matmul == "2d":
             core = rewrite_matmuls(core, "2d", heads_per_product=self.heads_per_product, batch=1)

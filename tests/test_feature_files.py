@@ -13,6 +13,7 @@ from lseg import Segmenter
 from lseg.errors import short
 from lseg.features import query, read_features, write_features
 from lseg.image import read_image
+from tests.checkpoints import write_tiny
 
 
 @pytest.fixture
@@ -68,6 +69,11 @@ def test_resume_with_something_else(tiny, tmp_path, segment, seed):
     file.write_bytes(file.read_bytes()[:20])
     assert go("--points", tmp_path / "points.npy")[:2] == [other.format(1), "note: 1 of 2 photos are done already"]
     assert read_features(file)[1] == about
+    weights = tmp_path / "other.safetensors"
+    write_tiny(weights, seed)
+    more = ("--points", tmp_path / "points.npy", "--weights", weights, "--backend", "torch")
+    assert go(*more)[0] == other.format(2)
+    assert go(*more) == done
 
 
 def test_resume_of_one_array(photo, tmp_path, segment):
